@@ -1,0 +1,86 @@
+# Every target sets up what it needs. An environment of your own: make test PYTHON=python3
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+BOOTSTRAP ?= python3
+PYTHON ?= .venv/bin/python
+WORKERS ?= 2
+
+# a PYTHON given by the caller is used as it is: nothing is created, nothing is installed
+ifeq ($(PYTHON),.venv/bin/python)
+SETUP := .venv/.ready
+endif
+
+# the tests run in parallel processes: without this each of them would start a thread per core
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# TRITON_INTERPRET is read when triton is imported, so interpreter and compiler tests cannot share a process
+COMPILE_TESTS := $(sort $(wildcard tests/test_kernels_compile*.py))
+PYTEST := $(PYTHON) -m pytest -q
+
+.PHONY: help setup demo test lint bench aot gpu gpu-present gpu-test gpu-bench gpu-report
+
+help:
+	@echo "make demo    train a small model with SPO on the CPU, about two minutes"
+	@echo "make test    all tests"
+	@echo "make lint    ruff"
+	@echo "make bench   benchmarks on this machine, then the report"
+	@echo "make gpu     GPU tests, benchmarks on the GPU, then the report"
+	@echo "make aot     registers, spills and shared memory of every kernel, no GPU needed"
+	@echo "PYTHON=...   uses that interpreter instead of making .venv"
+
+setup: $(SETUP)
+
+.venv/.ready: pyproject.toml
+	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(BOOTSTRAP) is older than Python 3.11; name another one: make BOOTSTRAP=python3.12" >&2; exit 2; }
+	test -x .venv/bin/python || $(BOOTSTRAP) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip "setuptools>=77"
+	.venv/bin/python -m pip install --quiet "torch==2.13.0"
+	.venv/bin/python -m pip install --quiet -e ".[trl,bench,dev]"
+	touch $@
+
+demo: $(SETUP)
+	$(PYTHON) -m spo_kernels.cli demo --output_dir spo-demo
+
+test: $(SETUP)
+	$(TEST_ENV) TRITON_INTERPRET=1 $(PYTEST) -p no:benchmark -n $(WORKERS) --dist worksteal \
+		--durations=15 $(addprefix --ignore=,$(COMPILE_TESTS))
+ifneq ($(COMPILE_TESTS),)
+	$(TEST_ENV) TRITON_INTERPRET=0 $(PYTEST) -p no:benchmark -n $(WORKERS) $(COMPILE_TESTS)
+endif
+
+lint: $(SETUP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+bench: $(SETUP)
+	$(PYTEST) benchmarks --benchmark-only
+	$(PYTHON) -m benchmarks.report
+
+# the stages in order of value; a red one does not keep the later ones from running, each can be
+# started alone, and the benchmarks go on where an interrupted run of them stopped
+gpu: gpu-present
+	@failed=0; \
+	for stage in gpu-test gpu-bench gpu-report; do $(MAKE) --no-print-directory $$stage || failed=1; done; \
+	exit $$failed
+
+gpu-present: $(SETUP)
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not (torch.version.cuda and torch.cuda.is_available()))' \
+		|| { echo "make gpu needs an NVIDIA GPU and a torch built for CUDA; $(PYTHON) sees none." >&2; exit 2; }
+
+gpu-test: gpu-present
+	TRITON_INTERPRET=0 $(PYTEST) -m "gpu and not soak"
+
+gpu-bench: gpu-present
+	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu
+
+gpu-report: $(SETUP)
+	$(PYTHON) -m benchmarks.report
+
+aot: $(SETUP)
+	TRITON_INTERPRET=0 $(PYTHON) -m spo_kernels.cli aot

@@ -1,0 +1,129 @@
+"""The bars of the design as arithmetic on result rows: ratio, limit, met or missed."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+from benchmarks.results import Row
+
+_FROZEN, _TRAINABLE = "frozen head", "trainable head"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One promise: a ratio of two measured numbers and its limit."""
+
+    case: str
+    what: str
+    ratio: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        return self.ratio <= self.limit
+
+
+def cpu_bars(rows: Iterable[Row]) -> list[Bar]:
+    """Return the bars of the CPU backend from one interleaved run at the bar's shape."""
+    runs = {
+        (row["trainable"], row["dtype"], row["provider"]): row
+        for row in rows
+        if row["kind"] == "bar" and row["shape"] == "bar"
+    }
+    # limits against TRL's time and against eager's
+    limits = {False: (0.35, 1.0), True: (0.5, 1.2)}
+    bars = []
+    for trainable, (trl_limit, eager_limit) in limits.items():
+        case = f"CPU, {_TRAINABLE if trainable else _FROZEN}"
+        ours = runs.get((trainable, "fp32", "spo"))
+        trl = runs.get((trainable, "fp32", "trl"))
+        eager = runs.get((trainable, "fp32", "eager"))
+        half = runs.get((trainable, "bf16", "spo"))
+        if ours and trl:
+            bars.append(_bar(case, "time against TRL", "median_ms", ours, trl, trl_limit))
+            bars.append(_bar(case, "memory against TRL", "peak_bytes", ours, trl, 0.1))
+        if ours and eager:
+            bars.append(_bar(case, "time against eager", "median_ms", ours, eager, eager_limit))
+            bars.append(_bar(case, "memory against eager", "peak_bytes", ours, eager, 0.25))
+        if ours and half:
+            bars.append(_bar(case, "bf16 against fp32 time", "median_ms", half, ours, 1.1))
+    return bars
+
+
+def gpu_bars(rows: Iterable[Row]) -> list[Bar]:
+    """Return the bars of the Triton backend: time and memory against TRL, eager and bare GEMMs."""
+    runs: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["kind"] == "time":
+            runs.setdefault((row["workload"], row["pass"]), {})[row["provider"]] = row
+    bars = []
+    for (workload, which), by_provider in runs.items():
+        ours = by_provider.get("spo")
+        if ours is None:
+            continue
+        small = ours["hidden"] < 2048
+        if which == "forward_backward":
+            bars += _against_trl(f"GPU, {workload}", ours, by_provider.get("trl"), small)
+            if "workspace_bytes" in ours:
+                ratio = ours["workspace_bytes"] / ours["planned_bytes"]
+                bars.append(Bar(f"GPU, {workload}", "workspace against the plan", ratio, 1.0))
+            if ours["rows"] == 256 and "eager" in by_provider:
+                eager = by_provider["eager"]
+                bars.append(
+                    _bar(f"GPU, {workload}", "time against eager", "median_ms", ours, eager, 1.0)
+                )
+        unit = by_provider.get("gemm")
+        if unit is not None:
+            units = ours["gemm_units"] if which == "forward_backward" else 1
+            limits = (1.2, 1.5) if which == "forward_backward" else (1.15, 1.4)
+            ratio = ours["median_ms"] / (units * unit["median_ms"])
+            what = f"{which} against {units} bare GEMM{'s' * (units > 1)}"
+            bars.append(Bar(f"GPU, {workload}", what, ratio, limits[small]))
+    return bars
+
+
+def accuracy_bars(rows: Iterable[Row]) -> list[Bar]:
+    """Return the accuracy bars: worst error of ours over the limit, and over TRL's error."""
+    limits = {
+        "max_dlogp": {"fp32": 2e-5, "bf16": 2e-5, "fp16": 2e-5},
+        "rel_dh": {"fp32": 2e-6, "bf16": 2.7e-3, "fp16": 3.3e-4},
+        "rel_dw": {"fp32": 2e-6, "bf16": 2.7e-3, "fp16": 3.3e-4},
+    }
+    rows = [row for row in rows if row["kind"] == "accuracy" and row["shape"] == "accuracy"]
+    worst: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if row["provider"].startswith("spo"):
+            for name in limits:
+                if row[name] is not None:
+                    key = (row["dtype"], name)
+                    worst[key] = max(worst.get(key, 0.0), row[name])
+    return [
+        Bar(
+            f"accuracy, {dtype}",
+            f"{name} against {limits[name][dtype]:.1e}",
+            value,
+            limits[name][dtype],
+        )
+        for (dtype, name), value in sorted(worst.items())
+    ]
+
+
+def _against_trl(case: str, ours: Row, trl: Row | None, small: bool) -> list[Bar]:
+    if trl is None:
+        return []
+    many = ours["rows"] >= 131072
+    time_limits: dict[str, Callable[[], float]] = {
+        "direction": lambda: 0.72 if small else 0.70,
+        "resident": lambda: 0.85 if small else 0.80,
+        "recompute": lambda: 1.05 if small else 1.00,
+    }
+    limit = time_limits[ours["strategy"]]()
+    what = f"{ours['strategy']} time against TRL"
+    bars = [_bar(case, what, "median_ms", ours, trl, limit)]
+    if ours["strategy"] == "recompute" and "workspace_bytes" in ours:
+        limit = 0.85 if many else 0.6
+        bars.append(_bar(case, "workspace against TRL", "workspace_bytes", ours, trl, limit))
+    return bars
+
+
+def _bar(case: str, what: str, name: str, ours: Row, other: Row, limit: float) -> Bar:
+    return Bar(case, what, ours[name] / other[name], limit)

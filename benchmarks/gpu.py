@@ -1,0 +1,288 @@
+"""``python -m benchmarks.gpu``: everything measured on one GPU, in stages of falling value.
+
+Each stage's rows are written as soon as it ends, so an interrupted run is continued by the same
+command: stages that are in the result file of this GPU and commit are not run again. The default
+form ends in under nine minutes; ``--long`` adds the remaining shapes. ``--tiny`` runs every stage
+on toy shapes on any device: the logic, not the numbers.
+"""
+
+import argparse
+import dataclasses
+import gc
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import (
+    accuracy,
+    bench_degree_loss,
+    bench_train_step,
+    memory,
+    providers,
+    results,
+    timing,
+    train_step,
+    workloads,
+)
+from benchmarks.results import Row
+from benchmarks.workloads import Workload
+from spo_kernels import preference_loss
+
+_DEFAULT_S = 8.5 * 60
+_SYNC_NAMES = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::item", "aten::nonzero")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How this run measures."""
+
+    device: str
+    tiny: bool
+    long: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def command(self) -> str:
+        return "python -m benchmarks.gpu" + " --long" * self.long + " --tiny" * self.tiny
+
+
+Stage = tuple[str, Callable[[], list[Row]]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages that this machine and commit still lack; 1 if one of them failed."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--long", action="store_true", help="the remaining shapes too; no time limit"
+    )
+    parser.add_argument("--tiny", action="store_true", help="toy shapes, any device")
+    parser.add_argument("--fresh", action="store_true", help="run finished stages again")
+    parser.add_argument("--results", type=Path, help="result file (default: by GPU and commit)")
+    options = parser.parse_args(arguments)
+    has_gpu = bool(torch.version.cuda) and torch.cuda.is_available()
+    if not (has_gpu or options.tiny):
+        print("benchmarks.gpu needs an NVIDIA GPU. --tiny runs its logic anywhere.")
+        return 2
+    run = Run("cuda" if has_gpu else "cpu", options.tiny, options.long)
+    threads = torch.get_num_threads()
+    path = options.results or results.path_for(run.device, threads)
+    done = set() if options.fresh else set(results.load(path).get("stages", ()))
+    begin_s, failed, late = time.monotonic(), [], []
+    for name, stage in stages_of(run):
+        if name in done:
+            print(f"{name}: already in {path.name}", flush=True)
+            continue
+        if not run.long and time.monotonic() - begin_s > _DEFAULT_S:
+            late.append(name)
+            continue
+        stage_begin_s = time.monotonic()
+        try:
+            rows = [{"command": run.command, **row} for row in stage()]
+        # one broken stage must not cost the others their turn on the GPU
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        finally:
+            _free(run)
+        results.merge(path, rows, device=run.device, threads=threads, stage=name)
+        print(f"{name}: {len(rows)} rows, {time.monotonic() - stage_begin_s:.1f} s", flush=True)
+    if late:
+        print(f"out of time, run the same command again for: {', '.join(late)}")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def stages_of(run: Run) -> Iterator[Stage]:
+    """Yield (name, function) of every stage, the most valuable first."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        yield f"accuracy-{dtype}", lambda dtype=dtype: accuracy_rows(run, dtype)
+    yield "launches", lambda: launch_rows(run)
+    grid = [workloads.TINY] if run.tiny else workloads.gpu_grid(long=run.long)
+    for workload in grid:
+        yield f"time-{workload.name}", lambda workload=workload: time_rows(run, workload)
+    yield "degree", lambda: degree_rows(run)
+    shapes = [train_step.TINY_STEP] if run.tiny else train_step.gpu_steps(long=run.long)
+    for shape in shapes:
+        yield shape.workload, lambda shape=shape: step_rows(run, shape)
+
+
+def accuracy_rows(run: Run, dtype: str) -> list[Row]:
+    """Every strategy and peer against fp64, random and peaked, at the design's shape and V 128k."""
+    shapes = [workloads.TINY if run.tiny else workloads.ACCURACY]
+    if not run.tiny and dtype == "bf16":
+        shapes.append(Workload("accuracy-large", 512, *workloads.MODEL_SHAPES["llama8b"]))
+    names = [name for name in providers.NAMES if name not in ("torch.compile", "spo")]
+    rows = []
+    for shape in shapes:
+        for peaked in (False, True):
+            for case in workloads.both_heads(
+                dataclasses.replace(shape, dtype=dtype, peaked=peaked)
+            ):
+                seeds = 1 if shape.shape == "accuracy-large" else 3
+                found, skipped = accuracy.measure(names, case, run.device, seeds=seeds)
+                rows += found
+                _show_skips(case.name, skipped)
+    return rows
+
+
+def time_rows(run: Run, workload: Workload) -> list[Row]:
+    """Time and peak of every provider on a workload, beside one bare GEMM of its unit."""
+    tensors = workloads.make_tensors(workload, run.device)
+    runnable = []
+    forced = [name for name in providers.NAMES if name.startswith("spo:") and run.long]
+    for name in (*providers.PEERS, "spo", *forced):
+        reason = providers.why_not(name, workload, run.device)
+        if reason is None:
+            reason = _fails(name, workload, run.device)
+        if reason is None:
+            runnable.append(name)
+        else:
+            _show_skips(workload.name, {name: reason})
+    rows = []
+    for which in ("forward", "forward_backward"):
+        step = getattr(providers, which)
+        runs = {
+            name: lambda step=step, name=name: step(providers.log_probs_of(name), tensors)
+            for name in runnable
+        }
+        peaks = {}
+        if run.on_gpu:
+            peaks = {name: memory.cuda_peak_bytes(call) for name, call in runs.items()}
+        runs["gemm"] = _bare_gemm(tensors)
+        rounds = 2 if run.tiny else 7
+        times = timing.race(
+            runs, rounds=rounds, warmup_rounds=2, device=run.device, flush_cache=True
+        )
+        for name, values in times.items():
+            row = {"kind": "time", "workload": workload.name, **dataclasses.asdict(workload)}
+            row |= {"provider": name, "pass": which, **timing.summary(values)}
+            if name != "gemm":
+                row |= providers.facts_of(name, workload, run.device)
+            if name in peaks:
+                returned = workload.gradient_bytes if which == "forward_backward" else 0
+                row |= {"peak_bytes": peaks[name]}
+                row |= {"workspace_bytes": max(0, peaks[name] - returned)}
+            rows.append(row)
+    return rows
+
+
+def launch_rows(run: Run) -> list[Row]:
+    """Kernels launched and host syncs of one forward and one backward, from torch.profiler."""
+    workload = dataclasses.replace(workloads.TINY, rows=256, hidden=256, vocab=8192)
+    if run.on_gpu:
+        workload = dataclasses.replace(workload, dtype="bf16")
+    rows = []
+    for case in workloads.both_heads(workload):
+        tensors = workloads.make_tensors(case, run.device)
+        for name in ("spo", "trl"):
+            log_probs = providers.log_probs_of(name)
+            row = _launches(
+                run, lambda f=log_probs, t=tensors: f(t), tensors.leaves, tensors.upstream
+            )
+            rows.append({"workload": f"launches-{case.name}", "provider": name, **row})
+    margins = [torch.randn(16, device=run.device) for _ in range(4)]
+    leaves = [margin.requires_grad_() for margin in margins[:2]]
+    row = _launches(
+        run, lambda: preference_loss(*margins).losses, leaves, torch.ones(16, device=run.device)
+    )
+    rows.append({"workload": "launches-preference_loss-16-pairs", "provider": "spo", **row})
+    return [{"kind": "launches", **row} for row in rows]
+
+
+def degree_rows(run: Run) -> list[Row]:
+    """``degree_loss`` beside the log-probs of the same batch."""
+    workload = workloads.TINY if run.tiny else workloads.gpu_grid(long=False)[0]
+    runs = bench_degree_loss.make_runs(workload, run.device)
+    times = timing.race(runs, rounds=5, warmup_rounds=2, device=run.device)
+    return bench_degree_loss.rows_of(workload, times)
+
+
+def step_rows(run: Run, shape: train_step.StepShape) -> list[Row]:
+    """A training step end to end: stock TRL DPO, ours without and with the degree loss."""
+    times, peaks, tokens = {}, {}, 0
+    with tempfile.TemporaryDirectory() as folder:
+        # one trainer at a time: two 8B models beside each other would not leave room for the step
+        for name in train_step.TRAINERS:
+            step, tokens = train_step.make_step(name, shape, Path(folder))
+            if run.on_gpu:
+                peaks[name] = memory.cuda_peak_bytes(step)
+            rounds = 2 if run.tiny else 5
+            times |= timing.race({name: step}, rounds=rounds, device=run.device)
+            del step
+            _free(run)
+    rows = bench_train_step.rows_of(shape, times, tokens)
+    return [{**row, "peak_bytes": peaks.get(row["provider"])} for row in rows]
+
+
+def _fails(name: str, workload: Workload, device: str) -> str | None:
+    """Return why a provider that should run does not; ours must run, and be right."""
+    try:
+        accuracy.gate(name, workload, device)
+    except Exception as error:
+        if name.startswith("spo"):
+            raise
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return None
+
+
+def _bare_gemm(tensors: workloads.Tensors) -> Callable[[], None]:
+    """One unit without anything around it: the logits, 8192 rows at a time, thrown away."""
+    hidden, weight = tensors.hidden.detach(), tensors.weight.detach()
+    rows = min(8192, hidden.shape[0])
+    logits = torch.empty(rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+
+    def run() -> None:
+        for start in range(0, hidden.shape[0], rows):
+            part = hidden[start : start + rows]
+            torch.mm(part, weight.t(), out=logits[: part.shape[0]])
+
+    return run
+
+
+def _launches(run: Run, forward: Callable, leaves: list, upstream: torch.Tensor) -> Row:
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * run.on_gpu
+    torch.autograd.grad(forward(), leaves, upstream)
+    counts, syncs = {}, 0
+    out = None
+    for which in ("forward", "backward"):
+        if run.on_gpu:
+            torch.cuda.synchronize()
+        with profile(activities=activities) as trace:
+            if which == "forward":
+                out = forward()
+            else:
+                torch.autograd.grad(out, leaves, upstream)
+        events = trace.events()
+        on_device = torch.autograd.DeviceType.CUDA
+        counts[f"kernels_{which}"] = sum(
+            event.device_type == on_device and not event.name.startswith(("Memcpy", "Memset"))
+            for event in events
+        )
+        syncs += sum(event.name in _SYNC_NAMES for event in events)
+    return {**counts, "host_syncs": syncs}
+
+
+def _show_skips(where: str, skipped: dict[str, str]) -> None:
+    for name, reason in skipped.items():
+        print(f"  {where}: {name} left out: {reason}", flush=True)
+
+
+def _free(run: Run) -> None:
+    gc.collect()
+    if run.on_gpu:
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

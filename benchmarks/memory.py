@@ -1,0 +1,100 @@
+"""Peak memory of one forward + backward: the CUDA allocator's, or a fresh process's growth.
+
+On a CPU the process is started for the one measurement (``python -m benchmarks.memory``): the
+libraries are warmed up at a tiny shape first, then the growth of the resident high-water mark over
+two runs is what the provider needed beyond its inputs. Gradients it returns are counted, for
+everybody alike.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import providers
+from benchmarks.workloads import Workload, make_tensors
+
+_ROOT = Path(__file__).resolve().parent.parent
+_TIMEOUT_S = 600
+
+
+def peak_bytes(provider: str, workload: Workload, device: str, *, threads: int) -> int:
+    """Return the peak of a forward + backward beyond the inputs, gradients included."""
+    if device.startswith("cuda"):
+        log_probs, tensors = providers.log_probs_of(provider), make_tensors(workload, device)
+        return cuda_peak_bytes(lambda: providers.forward_backward(log_probs, tensors))
+    command = [sys.executable, "-m", "benchmarks.memory", "--provider", provider]
+    command += ["--workload", json.dumps(dataclasses.asdict(workload)), "--threads", str(threads)]
+    done = subprocess.run(
+        command, cwd=_ROOT, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"memory of {provider} on {workload.name}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def cuda_peak_bytes(run: Callable[[], Any]) -> int:
+    """Return what the CUDA allocator's peak rises by during one run, after a warm-up."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def resident_growth_bytes(provider: str, workload: Workload) -> int:
+    """Return the growth of this process's resident high-water mark; it must be a fresh process."""
+    log_probs = providers.log_probs_of(provider)
+    tiny = dataclasses.replace(workload, rows=16, vocab=64)
+    tiny_tensors = make_tensors(tiny, "cpu")
+    for _ in range(2):
+        providers.forward_backward(log_probs, tiny_tensors)
+    tensors = make_tensors(workload, "cpu")
+    _reset_high_water()
+    before = _high_water_bytes()
+    for _ in range(2):
+        providers.forward_backward(log_probs, tensors)
+    return _high_water_bytes() - before
+
+
+def _reset_high_water() -> None:
+    # Linux sets the mark back to the current size; elsewhere drawing the inputs must not exceed it
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def _high_water_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main() -> None:
+    """Measure one provider on one workload and print the peak as JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("--provider", required=True, choices=providers.NAMES)
+    parser.add_argument("--workload", required=True, help="a Workload's fields as JSON")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    workload = Workload(**json.loads(arguments.workload))
+    print(json.dumps({"peak_bytes": resident_growth_bytes(arguments.provider, workload)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Pictures of the results: time and memory on log axes, and which strategy the planner takes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from benchmarks.results import Row
+from benchmarks.workloads import MODEL_SHAPES
+from spo_kernels import plan_linear_logprob
+
+_COLORS = {
+    "eager": "#9aa0a6",
+    "torch.compile": "#5f6368",
+    "torch.lce": "#c58b3b",
+    "trl": "#d1495b",
+    "liger": "#8d6cab",
+    "cce": "#4a8fa8",
+    "spo": "#0b7a43",
+}
+_STRATEGY_COLORS = {"direction": "#0b7a43", "resident": "#7fc29b", "recompute": "#1f5fa8"}
+_NOTHING_FITS = "#f1d4d4"
+_MIB = 1 << 20
+
+
+def draw_all(documents: Sequence[dict], folder: Path) -> list[Path]:
+    """Draw every picture there is data for and return the files."""
+    paths = []
+    for document in documents:
+        kind = "time" if any(row["kind"] == "time" for row in document["rows"]) else "bar"
+        rows = [
+            row
+            for row in document["rows"]
+            if row["kind"] == kind
+            and row["pass"] == "forward_backward"
+            and row["provider"] in _COLORS
+            and not row.get("error")
+        ]
+        if rows:
+            label = "gpu" if kind == "time" else "cpu"
+            floors = [row for row in document["rows"] if row.get("provider") == "gemm"]
+            paths.append(_draw_times(rows, floors, document, folder / f"time-memory-{label}.png"))
+    paths.append(draw_strategies(folder / "strategies.png"))
+    return paths
+
+
+def _draw_times(rows: list[Row], floors: list[Row], document: dict, path: Path) -> Path:
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    names = [name for name in _COLORS if any(row["provider"] == name for row in rows)]
+    figure, axes = plt.subplots(
+        1, 2, figsize=(12, 1.6 + 0.28 * len(rows)), sharey=True, layout="constrained"
+    )
+    height = 0.8 / len(names)
+    for axis, (field, scale, label) in zip(
+        axes,
+        (("median_ms", 1.0, "time of forward + backward, ms"), ("peak_bytes", _MIB, "peak, MiB")),
+        strict=True,
+    ):
+        for index, name in enumerate(names):
+            found = [
+                (workloads.index(row["workload"]), row[field] / scale)
+                for row in rows
+                if row["provider"] == name and row.get(field)
+            ]
+            if not found:
+                continue
+            places = [place + (index - (len(names) - 1) / 2) * height for place, _ in found]
+            values = [value for _, value in found]
+            bars = axis.barh(places, values, height=0.9 * height, color=_COLORS[name], label=name)
+            axis.bar_label(bars, fmt=_short, padding=3, fontsize=8)
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.margins(x=0.12)
+        axis.grid(axis="x", which="both", alpha=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    _draw_floor(axes, workloads, rows, floors)
+    axes[0].set_yticks(range(len(workloads)), workloads)
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"linear_logprob, {document['machine']['device']}, commit {document['commit']}")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _draw_floor(axes, workloads: list[str], rows: list[Row], floors: list[Row]) -> None:
+    """Dot the least possible: our units as bare GEMMs, and the gradients everybody returns."""
+    unit_ms = {row["workload"]: row["median_ms"] for row in floors}
+    for row in rows:
+        if row["provider"] != "spo":
+            continue
+        place = workloads.index(row["workload"])
+        floor_bytes = row.get("peak_bytes", 0) - row.get("workspace_bytes", 0)
+        marks = [(axes[1], floor_bytes / _MIB)]
+        if row["workload"] in unit_ms:
+            marks.append((axes[0], row["gemm_units"] * unit_ms[row["workload"]]))
+        for axis, value in marks:
+            if value > 0:
+                axis.plot([value] * 2, [place - 0.42, place + 0.42], color="black", lw=1.5, ls=":")
+
+
+def draw_strategies(path: Path) -> Path:
+    """Draw which strategy the planner takes over N and budget, head trainable, on an sm_90."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
+    rows = np.geomspace(256, 131072, 41)
+    budgets = np.geomspace(64 * _MIB, 64 * 1024 * _MIB, 41)
+    order = list(_STRATEGY_COLORS)
+    colors = matplotlib.colors.ListedColormap([*_STRATEGY_COLORS.values(), _NOTHING_FITS])
+    for axis, shape in zip(axes, ("qwen05", "llama1b", "trl7244"), strict=True):
+        hidden, vocab = MODEL_SHAPES[shape]
+        picture = np.empty((len(budgets), len(rows)))
+        defaults = []
+        for column, count in enumerate(rows):
+            default = _plan(int(count), hidden, vocab, None)
+            defaults.append(default.budget_bytes / _MIB)
+            for line, budget in enumerate(budgets):
+                try:
+                    strategy = _plan(int(count), hidden, vocab, int(budget)).strategy
+                    picture[line, column] = order.index(strategy)
+                except ValueError:
+                    picture[line, column] = len(order)
+        axis.pcolormesh(
+            rows, budgets / _MIB, picture, cmap=colors, vmin=-0.5, vmax=len(order) + 0.5
+        )
+        axis.plot(rows, defaults, color="black", lw=2, label="default budget")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xlabel("N, scored rows")
+        axis.set_title(f"{shape}: H {hidden}, V {vocab}")
+    axes[0].set_ylabel("budget, MiB")
+    patches = [
+        matplotlib.patches.Patch(color=color, label=name)
+        for name, color in _STRATEGY_COLORS.items()
+        if name != "direction"
+    ]
+    patches.append(matplotlib.patches.Patch(color=_NOTHING_FITS, label="nothing fits: raises"))
+    line = matplotlib.lines.Line2D([], [], color="black", lw=2, label="default budget")
+    axes[0].legend(handles=[*patches, line], fontsize=8, loc="upper left")
+    figure.suptitle(
+        "Which strategy will I get? bf16, trainable head, sm_90 "
+        "(frozen head: direction; no gradient: score)"
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _plan(rows: int, hidden: int, vocab: int, budget: int | None):
+    return plan_linear_logprob(
+        rows=rows,
+        hidden_size=hidden,
+        vocab_size=vocab,
+        dtype=torch.bfloat16,
+        gathered=False,
+        budget_bytes=budget,
+        device="cuda:sm_90",
+    )

@@ -1,0 +1,203 @@
+"""``python -m benchmarks.report``: result files -> the bars, the README's tables and the plots."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks import bars as bars_of
+from benchmarks import results
+from benchmarks.results import Row
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+_README = results.ROOT / "README.md"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print every bar as met or missed, rewrite the README between its markers, draw the plots."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of results")
+    parser.add_argument("--readme", type=Path, default=_README)
+    parser.add_argument("--no-plots", action="store_true")
+    options = parser.parse_args(arguments)
+    documents = newest_documents(options.results)
+    if not documents:
+        print(f"report: no result files in {options.results.name}/. Run make bench or make gpu.")
+        return 2
+    for document in documents:
+        print(headline(document))
+        for bar in bars_for(document["rows"]):
+            print("  " + bar_line(bar))
+    if not options.no_plots:
+        from benchmarks import plots
+
+        for path in plots.draw_all(documents, options.results):
+            print(f"wrote {path.name}")
+    if not write_readme(options.readme, render(documents)):
+        print(
+            f"report: {options.readme.name} has no {BEGIN} ... {END}; left as it is",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+def newest_documents(folder: Path) -> list[dict]:
+    """Return the newest result file of each machine."""
+    newest: dict[str, tuple[str, dict]] = {}
+    for path in sorted(folder.glob("*.json")):
+        document = results.load(path)
+        machine = f"{document['machine'].get('device')} {document['machine'].get('threads')}"
+        made = document.get("made", "")
+        if machine not in newest or made >= newest[machine][0]:
+            newest[machine] = (made, document)
+    return [document for _, document in newest.values()]
+
+
+def headline(document: dict) -> str:
+    """Return one line that says where and from what a file's numbers come."""
+    machine = document["machine"]
+    parts = [machine["device"]]
+    if machine.get("threads"):
+        parts.append(f"{machine['threads']} threads")
+    parts += [f"{name} {machine[name]}" for name in ("torch", "triton", "trl") if machine.get(name)]
+    return ", ".join(parts) + f", commit {document['commit']}"
+
+
+def bars_for(rows: Iterable[Row]) -> list[bars_of.Bar]:
+    """Return every bar the rows can answer."""
+    rows = list(rows)
+    return [*bars_of.cpu_bars(rows), *bars_of.gpu_bars(rows), *bars_of.accuracy_bars(rows)]
+
+
+def bar_line(bar: bars_of.Bar) -> str:
+    """Return one bar in words, its ratio first."""
+    verdict = "met" if bar.met else "MISSED"
+    number = _ratio(bar.ratio)
+    return f"{verdict:6} {number:>8} (bar {_ratio(bar.limit)})  {bar.case}: {bar.what}"
+
+
+def render(documents: list[dict]) -> str:
+    """Return the README's part: per machine the bars, the times and the accuracy."""
+    parts = []
+    for document in documents:
+        rows = document["rows"]
+        parts.append(f"**{headline(document)}**")
+        parts.append(_bar_table(rows))
+        for kind, title in (
+            ("bar", "Forward + backward, round-robin, medians"),
+            ("time", "Forward + backward, CUDA events, medians"),
+            ("grid", "Forward + backward, other shapes, medians"),
+        ):
+            parts.append(_time_table(rows, kind, title))
+        parts.append(_extra_table(rows))
+        parts.append(_accuracy_table(rows))
+        commands = sorted({row["command"] for row in rows})
+        parts.append("Made by " + ", ".join(f"`{command}`" for command in commands) + ".")
+    return "\n\n".join(part for part in parts if part)
+
+
+def write_readme(path: Path, text: str) -> bool:
+    """Replace what stands between the markers; False where the file has none."""
+    whole = path.read_text() if path.exists() else ""
+    before, begin, rest = whole.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        return False
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    return True
+
+
+def _bar_table(rows: list[Row]) -> str:
+    lines = [
+        f"| {bar.case} | {bar.what} | {_ratio(bar.ratio)} | {_ratio(bar.limit)} | "
+        f"{'met' if bar.met else '**missed**'} |"
+        for bar in bars_for(rows)
+    ]
+    return _table("| case | what | measured | bar | |", lines)
+
+
+def _time_table(rows: list[Row], kind: str, title: str) -> str:
+    chosen = [row for row in rows if row["kind"] == kind and row["pass"] == "forward_backward"]
+    lines = []
+    for row in chosen:
+        if row["provider"] == "gemm":
+            continue
+        head = "trainable" if row["trainable"] else "frozen"
+        sizes = f"{row['rows']} x {row['hidden']} x {row['vocab']}"
+        case = f"{row['shape']} {row['dtype']} {'peaked' if row['peaked'] else 'random'}"
+        if row.get("error"):
+            numbers = f"{row['error']} | | "
+        else:
+            units = row.get("gemm_units")
+            strategy = f" ({row['strategy']}, {units} units)" if row["strategy"] else ""
+            numbers = f"{_ms(row['median_ms'])} | {_mib(row.get('peak_bytes'))} | "
+            numbers += f"{_mib(row.get('planned_bytes'))}"
+            row = {**row, "provider": row["provider"] + strategy}
+        lines.append(f"| {case} | {sizes} | {head} | {row['provider']} | {numbers} |")
+    header = "| workload | N x H x V | head | provider | time | peak memory | planned workspace |"
+    return _titled(title, _table(header, lines))
+
+
+def _extra_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row["kind"] in ("step", "degree"):
+            lines.append(
+                f"| {row['workload']} | {row['provider']} | {_ms(row['median_ms'])} | "
+                f"{_mib(row.get('peak_bytes'))} | {row.get('note', '')} |"
+            )
+        if row["kind"] == "launches":
+            lines.append(
+                f"| {row['workload']} | {row['provider']} | {row['kernels_forward']} + "
+                f"{row['kernels_backward']} kernels | | {row['host_syncs']} host syncs |"
+            )
+    return _titled(
+        "Training step, degree loss, launches", _table("| what | provider | | | |", lines)
+    )
+
+
+def _accuracy_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row["kind"] != "accuracy":
+            continue
+        head = "trainable" if row["trainable"] else "frozen"
+        case = f"{row['dtype']} {'peaked' if row['peaked'] else 'random'} {head}"
+        sizes = f"{row['rows']} x {row['hidden']} x {row['vocab']}"
+        errors = " | ".join(_error(row[name]) for name in ("max_dlogp", "rel_dh", "rel_dw"))
+        lines.append(f"| {case} | {sizes} | {row['provider']} | {errors} |")
+    header = "| inputs | N x H x V | provider | max log-prob error | grad_hidden | grad_weight |"
+    title = "Distance from fp64 on the same rounded inputs, worst of the seeds"
+    return _titled(title, _table(header, lines))
+
+
+def _titled(title: str, table: str) -> str:
+    return f"{title}\n\n{table}" if table else ""
+
+
+def _table(header: str, lines: list[str]) -> str:
+    if not lines:
+        return ""
+    rule = "|" + " --- |" * (header.count("|") - 1)
+    return "\n".join([header, rule, *lines])
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.1e}" if value < 1e-2 else f"{value:.3f}x"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _mib(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:,.0f} MiB"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""All error text is born here: shape, dtype, range, device and backend checks shared by the ops.
+
+Form of a message: ``<op>: <argument> must <requirement>, got <value>`` and, where there is one, a
+second sentence with the way out. Messages show shapes, indices and types, never tensor data.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def fail(
+    op: str,
+    argument: str,
+    requirement: str,
+    got: Any,
+    *,
+    way_out: str = "",
+    error: type[Exception] = ValueError,
+) -> NoReturn:
+    """Raise ``error`` with the one house form of a message."""
+    text = f"{op}: {argument} must {requirement}, got {got}"
+    raise error(f"{text}. {way_out}" if way_out else text)
+
+
+def check_tensor(op: str, argument: str, value: Any) -> None:
+    """Require a ``torch.Tensor``."""
+    if not isinstance(value, torch.Tensor):
+        fail(op, argument, "be a tensor", type(value).__name__, error=TypeError)
+
+
+def check_dtype(
+    op: str, argument: str, value: torch.Tensor, allowed: Iterable[torch.dtype]
+) -> None:
+    """Require one of the ``allowed`` dtypes."""
+    allowed = tuple(allowed)
+    if value.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        got = str(value.dtype).removeprefix("torch.")
+        fail(op, argument, f"have dtype {names}", got, error=TypeError)
+
+
+def check_shape(op: str, argument: str, value: torch.Tensor, shape: tuple, spec: str) -> None:
+    """Require ``value.shape == shape`` (``None`` fits any size); ``spec`` is what the text says."""
+    fits = value.dim() == len(shape) and all(
+        want is None or size == want for size, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        fail(op, argument, f"have shape {spec}", tuple(value.shape))
+
+
+def check_same_device(op: str, named: dict[str, torch.Tensor | None]) -> None:
+    """Require every given tensor on one device and name the two that differ."""
+    first_name, first = next((name, t) for name, t in named.items() if t is not None)
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != first.device:
+            fail(op, name, f"be on {first.device} like {first_name}", str(tensor.device))
+
+
+def check_positive_float(op: str, argument: str, value: Any) -> float:
+    """Require a Python number that is finite and > 0; tensors are refused (they would sync)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(op, argument, "be a Python float > 0", type(value).__name__, error=TypeError)
+    if not (value > 0 and math.isfinite(value)):
+        fail(op, argument, "be a finite float > 0", value)
+    return float(value)
+
+
+def check_choice(op: str, argument: str, value: Any, allowed: Iterable[str]) -> None:
+    """Require one of the ``allowed`` strings."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        names = ", ".join(repr(name) for name in sorted(allowed))
+        fail(op, argument, f"be one of {names}", repr(value))
+
+
+def refuse_double_backward(op: str) -> None:
+    """Raise inside a backward that is itself being recorded (``create_graph=True``)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: once_differentiable: double backward unsupported. Call backward without "
+            "create_graph=True."
+        )
+
+
+def triton_interpreter_on() -> bool:
+    """Whether Triton kernels run in its interpreter, the only way they run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def resolve_backend(op: str, backend: str, tensor: torch.Tensor) -> str:
+    """Return ``"triton"`` or ``"torch"``.
+
+    ``"auto"``: Triton for a CUDA tensor on compute capability >= 8.0 where triton is installed, the
+    torch backend everywhere else. An explicit backend that cannot run raises.
+    """
+    check_choice(op, "backend", backend, ("auto", "torch", "triton"))
+    if backend == "torch":
+        return "torch"
+    installed = importlib.util.find_spec("triton") is not None
+    on_gpu = tensor.device.type == "cuda" and torch.version.cuda is not None
+    if backend == "auto":
+        able = installed and on_gpu and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+        return "triton" if able else "torch"
+    if not installed:
+        raise NotImplementedError(
+            f"{op}: backend='triton' needs the triton package, which is not installed. "
+            "Use backend='torch' or backend='auto'."
+        )
+    if not on_gpu and not triton_interpreter_on():
+        raise ValueError(
+            f"{op}: backend='triton' needs a CUDA tensor, got {tensor.device.type}. "
+            "Use backend='torch' or backend='auto'."
+        )
+    return "triton"

@@ -1,0 +1,183 @@
+"""Torch backend of ``preference_loss`` and ``degree_loss``: the kernels' launchers in plain torch.
+
+fp32 arithmetic, fp64 where an input is fp64. Nothing is read back to the host and no loop runs over
+pairs, segments or views.
+"""
+
+import torch
+
+from spo_kernels.loss_table import Parameters
+
+# rows of half-precision hidden states widened at a time, few enough to stay in a cache
+_ROW_CHUNK = 512
+
+
+def _sigmoid(c, r, length_c, length_r, parameters):
+    margin = parameters.beta * (c - r)
+    grad = -parameters.beta * torch.sigmoid(-margin)
+    return -torch.nn.functional.logsigmoid(margin), grad, -grad
+
+
+def _hinge(c, r, length_c, length_r, parameters):
+    slack = 1.0 - parameters.beta * (c - r)
+    # no gradient at the kink itself, and a NaN stays one
+    is_met = slack <= 0.0
+    grad = torch.where(is_met, 0.0, -parameters.beta).to(slack.dtype)
+    return slack.masked_fill(is_met, 0.0), grad, -grad
+
+
+def _ipo(c, r, length_c, length_r, parameters):
+    error = c / length_c - r / length_r - 0.5 / parameters.beta
+    return error * error, 2.0 * error / length_c, -2.0 * error / length_r
+
+
+# each returns (loss, grad_chosen, grad_rejected) of all pairs
+_LOSS_OF = {"sigmoid": _sigmoid, "hinge": _hinge, "ipo": _ipo}
+
+
+def preference_loss_fwd(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    ref_chosen: torch.Tensor | None,
+    ref_rejected: torch.Tensor | None,
+    chosen_lengths: torch.Tensor | None,
+    rejected_lengths: torch.Tensor | None,
+    *,
+    loss_types: tuple[str, ...],
+    weights: tuple[float, ...],
+    parameters: Parameters,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (losses [P], grads [2, P], rewards [2, P]). Inputs are checked, 1-D, of one length."""
+    dtype = _compute_dtype(chosen, ref_chosen, ref_rejected)
+    c, r = chosen.to(dtype), rejected.to(dtype)
+    if ref_chosen is not None:
+        c, r = c - ref_chosen.to(dtype), r - ref_rejected.to(dtype)
+    length_c = length_r = None
+    if chosen_lengths is not None:
+        # an empty completion has score 0 and must not divide by 0
+        length_c = chosen_lengths.clamp(min=1).to(dtype)
+        length_r = rejected_lengths.clamp(min=1).to(dtype)
+
+    losses = torch.zeros_like(c)
+    grads = c.new_zeros(2, c.numel())
+    for name, weight in zip(loss_types, weights, strict=True):
+        loss, grad_c, grad_r = _LOSS_OF[name](c, r, length_c, length_r, parameters)
+        losses = losses + weight * loss
+        grads = grads + weight * torch.stack((grad_c, grad_r))
+    return losses, grads, parameters.beta * torch.stack((c, r))
+
+
+def degree_loss_fwd(
+    hidden: torch.Tensor,
+    levels: torch.Tensor,
+    segment_offsets: torch.Tensor,
+    head_weight: torch.Tensor,
+    head_bias: torch.Tensor | None,
+    *,
+    center_views: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Return (losses, correct_views, counted_views, view_mask, level_grad, head_grad).
+
+    Inputs are checked and on one device; strides are free.
+    """
+    dtype = _compute_dtype(hidden, head_weight)
+    S, (K, H) = segment_offsets.numel() - 1, head_weight.shape
+    slots, is_bad = _slots(levels, segment_offsets, K)
+    # the last slot takes the rows that no response holds
+    sums = torch.zeros(S * K + 1, H, dtype=dtype, device=hidden.device)
+    rows = _ROW_CHUNK if hidden.dtype != dtype else max(hidden.shape[0], 1)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        sums.index_add_(0, slots[part], hidden[part].to(dtype))
+    ones = torch.ones_like(slots, dtype=dtype)
+    counts = torch.zeros(S * K + 1, dtype=dtype, device=hidden.device).index_add_(0, slots, ones)
+    sums, counts = sums[:-1].view(S, K, H), counts[:-1].view(S, K)
+
+    matrix, view_mask = _views(counts, center_views)
+    pooled = matrix @ sums
+    logits = pooled @ head_weight.to(dtype).T
+    if head_bias is not None:
+        logits = logits + head_bias.to(dtype)
+    log_probs = torch.log_softmax(logits, dim=-1)
+    counted_views = view_mask.sum(-1)
+    scale = 1.0 / counted_views.clamp(min=1).to(dtype)
+    labels = torch.eye(K, dtype=dtype, device=hidden.device)
+    view_losses = -log_probs.diagonal(dim1=-2, dim2=-1)
+    losses = view_losses.masked_fill(~view_mask, 0.0).sum(-1) * scale
+    losses = losses.masked_fill(is_bad, torch.nan)
+    grad_logits = (log_probs.exp() - labels) * scale[:, None, None]
+    grad_logits = grad_logits.masked_fill(~view_mask[:, :, None], 0.0)
+    level_grad = matrix.mT @ (grad_logits @ head_weight.to(dtype))
+    head_grad = torch.cat(((grad_logits.mT @ pooled).flatten(1), grad_logits.sum(1)), dim=1)
+
+    # the first maximum wins a tie
+    is_top = logits == logits.amax(-1, keepdim=True)
+    is_first_top = is_top & (is_top.cumsum(-1) == 1)
+    is_correct = is_first_top.diagonal(dim1=-2, dim2=-1) & view_mask
+    correct_views = is_correct.sum(-1).to(torch.int32)
+    counted_views = counted_views.to(torch.int32)
+    return losses, correct_views, counted_views, view_mask, level_grad, head_grad
+
+
+def degree_loss_bwd_hidden(
+    levels: torch.Tensor,
+    segment_offsets: torch.Tensor,
+    level_grad: torch.Tensor,
+    grad_losses: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return grad_hidden [N, H]: each row takes its level's gradient, scaled by its segment's."""
+    S, K, H = level_grad.shape
+    slots, _ = _slots(levels, segment_offsets, K)
+    rows = torch.zeros(S * K + 1, H, dtype=dtype, device=levels.device)
+    rows[:-1] = (level_grad * grad_losses[:, None, None]).view(S * K, H)
+    return rows.index_select(0, slots)
+
+
+def degree_loss_bwd_head(
+    head_grad: torch.Tensor, grad_losses: torch.Tensor, *, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the head's gradient [K * H + K], weight then bias, summed over segments in order."""
+    return (head_grad * grad_losses[:, None]).sum(0).to(dtype)
+
+
+def _slots(
+    levels: torch.Tensor, segment_offsets: torch.Tensor, K: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's (segment, level) as one index, and which segments hold a bad level."""
+    S = segment_offsets.numel() - 1
+    rows = torch.arange(levels.numel(), device=levels.device)
+    # the last of the segments that start at or before the row: empty ones are passed over
+    segments = torch.searchsorted(segment_offsets.contiguous(), rows, right=True) - 1
+    levels = levels.long()
+    inside = (segments >= 0) & (segments < S)
+    is_used = inside & (levels >= 0) & (levels < K)
+    slots = torch.where(is_used, segments * K + levels, S * K)
+    bad_rows = inside & ((levels < -1) | (levels >= K))
+    bad_count = torch.zeros(S + 1, dtype=torch.int64, device=levels.device)
+    bad_count.index_add_(0, torch.where(bad_rows, segments, S), bad_rows.long())
+    return slots, bad_count[:S] > 0
+
+
+def _views(counts: torch.Tensor, center_views: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the view matrix [S, K, K] over levels and which views count [S, K]."""
+    K = counts.shape[1]
+    degrees = torch.arange(K, device=counts.device)
+    keeps = (degrees == 0) | (degrees > degrees[:, None])
+    kept_rows = counts @ keeps.to(counts.dtype).T
+    removes_more = (counts > 0) | (degrees == 0)
+    has_key_content = (counts[:, 1:] > 0).any(1, keepdim=True)
+    view_mask = removes_more & (kept_rows > 0) & has_key_content
+    matrix = keeps / kept_rows.clamp(min=1.0)[:, :, None]
+    matrix = matrix.masked_fill(~view_mask[:, :, None], 0.0)
+    if center_views:
+        counted_views = view_mask.sum(1).clamp(min=1)[:, None, None]
+        matrix = matrix - matrix.sum(1, keepdim=True) / counted_views
+        matrix = matrix.masked_fill(~view_mask[:, :, None], 0.0)
+    return matrix, view_mask
+
+
+def _compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if is_double else torch.float32

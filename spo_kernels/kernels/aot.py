@@ -1,0 +1,327 @@
+"""Ahead-of-time report: compile every kernel and tile without a GPU, read what each one uses.
+
+Registers, stack and spills come from the ``cuobjdump`` that ships with triton; what is compiled
+here is what runs, because tiles come from the same table and switches from the same constants.
+"""
+
+import dataclasses
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spo_kernels.kernels import (
+    degree_loss,
+    degree_loss_bwd,
+    linear_logprob,
+    linear_logprob_bwd,
+    linear_logprob_rows,
+    logits_tile,
+    preference_loss,
+)
+from spo_kernels.kernels.tiles import TILES, Tile
+from spo_kernels.loss_table import LOSS_TYPES, Parameters
+from spo_kernels.planner import SUB_TILE_V
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+# shared memory one block may use
+SHARED_LIMIT_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+SMALL_SHARED_LIMIT_BYTES = 99 << 10
+
+_DPO_STATS = sum(bit.value for bit in (logits_tile.ENTROPY, logits_tile.MEAN, logits_tile.TOP1))
+_ALL_STATS = _DPO_STATS | logits_tile.SQUARES.value
+_FWD_SWITCHES = {
+    "logps": {"STATS": 0, "WRITE_EXP": 0, "TRANSFORM": 0, "HAS_BIAS": False, "HAS_LORA": False},
+    "dpo+exps": {
+        "STATS": _DPO_STATS,
+        "WRITE_EXP": logits_tile.ROW_REFERENCE.value,
+        "TRANSFORM": 0,
+        "HAS_BIAS": False,
+        "HAS_LORA": False,
+    },
+    "everything": {
+        "STATS": _ALL_STATS,
+        "WRITE_EXP": logits_tile.OWN_REFERENCE.value,
+        "TRANSFORM": logits_tile.CAPPED.value,
+        "HAS_BIAS": True,
+        "HAS_LORA": True,
+    },
+}
+_BWD_SWITCHES = {
+    "plain": {"TRANSFORM": 0, "HAS_ENTROPY": False, "HAS_EVERYWHERE": False},
+    "capped": {
+        "TRANSFORM": logits_tile.CAPPED.value,
+        "HAS_ENTROPY": False,
+        "HAS_EVERYWHERE": False,
+    },
+    "entropy": {"TRANSFORM": 0, "HAS_ENTROPY": True, "HAS_EVERYWHERE": True},
+}
+_POINTERS = {
+    "labels_ptr": "*i64",
+    "segment_offsets_ptr": "*i64",
+    "levels_ptr": "*i8",
+    "is_top1_ptr": "*i1",
+    "view_mask_ptr": "*i1",
+    "top1_ptr": "*i32",
+    "chosen_lengths_ptr": "*i64",
+    "rejected_lengths_ptr": "*i64",
+    "correct_views_ptr": "*i32",
+    "counted_views_ptr": "*i32",
+}
+_COMPUTE_DTYPE = {
+    "exps_ptr",
+    "grad_ptr",
+    "bias_ptr",
+    "lora_a_ptr",
+    "lora_b_ptr",
+    "head_ptr",
+    "hidden_ptr",
+    "grad_hidden_ptr",
+}
+_FLOATS = {"scale", "softcap", "inv_t", "outer", "slope"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AotRow:
+    """What one compiled kernel uses."""
+
+    kernel: str
+    arch: str
+    tile: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit_bytes: int
+    instruction: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    kernel: Any
+    arch: str
+    tile: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    shared_limit_bytes: int
+    fp_fusion: bool = True
+
+
+def report(archs: tuple[str, ...] = ARCHS, kernels: str = "", variant: str = "") -> list[AotRow]:
+    """Compile what has ``kernels`` in its kernel's name and ends in ``variant``; one row each."""
+    unknown = [arch for arch in archs if arch not in ARCHS]
+    if unknown:
+        raise ValueError(f"aot: archs must be among {', '.join(ARCHS)}, got {unknown[0]}")
+    cases = [
+        case
+        for case in _cases(archs)
+        if kernels in case.kernel.fn.__name__ and case.tile.endswith(variant)
+    ]
+    # ptxas runs outside the interpreter lock
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(_compile, cases))
+
+
+def _cases(archs: tuple[str, ...]) -> Iterator[_Case]:
+    for (kind, arch_class, dtype_class, loads), tile in TILES.items():
+        arch = "sm_80" if arch_class == "small" else arch_class
+        if arch not in archs:
+            continue
+        limit = SMALL_SHARED_LIMIT_BYTES if arch_class == "small" else SHARED_LIMIT_BYTES[arch]
+        dtype = "fp32" if dtype_class == "float" else "bf16"
+        kernel = (
+            linear_logprob._linear_logprob_fwd_kernel
+            if kind == "fwd"
+            else linear_logprob_bwd._linear_logprob_bwd_logits_kernel
+        )
+        switches = _FWD_SWITCHES if kind == "fwd" else _BWD_SWITCHES
+        for name, on in switches.items():
+            constexprs = {
+                "HAS_BIAS": False,
+                "HAS_LORA": False,
+                **on,
+                "PRECISION": "ieee",
+                "USE_TMA": tile.tma,
+                "SUB_TILES": tile.sub_tiles,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_V": tile.block_v,
+                "BLOCK_H": tile.block_h,
+                "BLOCK_R": tile.block_r,
+                "GROUP_N": tile.group_n,
+            }
+            shape = f"{tile.block_n}x{tile.block_v}x{tile.block_h}"
+            yield _Case(
+                kernel=kernel,
+                arch=arch,
+                tile=f"{shape} {arch_class} {dtype} {loads} {name}",
+                signature=_signature(kernel, constexprs, dtype, tile),
+                constexprs=constexprs,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                shared_limit_bytes=limit,
+            )
+    for arch in archs:
+        for kernel, label, constexprs, num_stages in _small_kernels():
+            yield _Case(
+                kernel=kernel,
+                arch=arch,
+                tile=label,
+                signature=_signature(kernel, constexprs, label.split()[0], None),
+                constexprs=constexprs,
+                num_warps=4,
+                num_stages=num_stages,
+                shared_limit_bytes=SHARED_LIMIT_BYTES[arch],
+                # softplus needs its compensated sums as written
+                fp_fusion=kernel is not preference_loss._preference_loss_fwd_kernel,
+            )
+
+
+def _small_kernels() -> Iterator[tuple[Any, str, dict[str, Any], int]]:
+    """Yield (kernel, dtype and variant, constexprs, stages) of the kernels without a tile row."""
+    rows = linear_logprob_rows
+    for mode in (logits_tile.ROW_REFERENCE.value, logits_tile.OWN_REFERENCE.value):
+        blocks = {"BLOCK_S": rows.REDUCE_BLOCK_S, "BLOCK_N": rows.REDUCE_BLOCK_N}
+        switches = {"STATS": _ALL_STATS, "WRITE_EXP": mode}
+        yield rows._linear_logprob_reduce_kernel, f"fp32 mode {mode}", {**switches, **blocks}, 3
+        blocks = {"BLOCK_N": rows.RESCALE_BLOCK_N, "SUB_V": SUB_TILE_V}
+        yield (
+            rows._linear_logprob_rescale_kernel,
+            f"bf16 mode {mode}",
+            {**blocks, "WRITE_EXP": mode},
+            3,
+        )
+    direction = {
+        "COMPUTE_DTYPE": triton.language.bfloat16,
+        "SCALE_ROWS": True,
+        "BLOCK_H": rows.DIRECTION_BLOCK_H,
+    }
+    yield rows._linear_logprob_direction_kernel, "bf16", direction, 3
+    for entropy in (False, True):
+        blocks = {"BLOCK_N": linear_logprob_bwd.EXPS_BLOCK_N, "BLOCK_V": SUB_TILE_V}
+        switches = {"HAS_ENTROPY": entropy, "HAS_EVERYWHERE": entropy}
+        kernel = linear_logprob_bwd._linear_logprob_bwd_exps_kernel
+        yield kernel, f"bf16 entropy {entropy}", {**switches, **blocks}, 3
+
+    ids = tuple(loss.id for loss in LOSS_TYPES)
+    for losses in ((ids[0],), ids):
+        constexprs = {
+            "LOSSES": losses,
+            "HAS_REF": True,
+            "HAS_LENGTHS": len(losses) > 1,
+            "BLOCK_P": preference_loss.BLOCK_P,
+        }
+        kernel = preference_loss._preference_loss_fwd_kernel
+        yield kernel, f"fp32 {len(losses)} types", constexprs, 3
+    blocks = {"BLOCK_H": degree_loss.BLOCK_H, "BLOCK_K": degree_loss.BLOCK_K}
+    for dtype in ("bf16", "fp32"):
+        constexprs = {**blocks, "BLOCK_N": degree_loss.BLOCK_N, "BLOCK_S": degree_loss.BLOCK_S}
+        yield degree_loss._degree_loss_fwd_sums_kernel, dtype, constexprs, degree_loss.NUM_STAGES
+    for center in (False, True):
+        constexprs = {**blocks, "CENTER": center}
+        yield degree_loss._degree_loss_fwd_pool_kernel, f"fp32 center {center}", constexprs, 3
+        constexprs = {**constexprs, "HAS_BIAS": True}
+        yield degree_loss._degree_loss_fwd_views_kernel, f"fp32 center {center}", constexprs, 3
+    constexprs = {
+        "BLOCK_N": degree_loss_bwd.BLOCK_N,
+        "BLOCK_H": degree_loss_bwd.BLOCK_H,
+        "BLOCK_S": degree_loss_bwd.BLOCK_S,
+    }
+    yield degree_loss_bwd._degree_loss_bwd_hidden_kernel, "bf16", constexprs, 3
+    constexprs = {"BLOCK_M": degree_loss_bwd.BLOCK_M}
+    yield degree_loss_bwd._degree_loss_bwd_head_kernel, "fp32", constexprs, 3
+
+
+def _signature(
+    kernel: Any, constexprs: dict[str, Any], dtype: str, tile: Tile | None
+) -> dict[str, str]:
+    """Return the type of every argument; names carry the types (see the pointer comments)."""
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name in ("hidden", "weight"):
+            rows = tile.block_n if name == "hidden" else tile.block_v
+            box = f"tensordesc<{dtype}[{rows}, {tile.block_h}]>"
+            signature[name] = box if tile.tma else f"*{dtype}"
+        elif name in _COMPUTE_DTYPE:
+            signature[name] = f"*{dtype}"
+        elif name == "parameters":
+            signature[name] = Parameters(*("fp32",) * len(Parameters._fields))
+        elif name == "weights":
+            signature[name] = ("fp32",) * len(constexprs["LOSSES"])
+        elif name == "out_ptr":
+            signature[name] = "*fp16"
+        elif name.endswith("_ptr"):
+            signature[name] = _POINTERS.get(name, "*fp32")
+        else:
+            signature[name] = "fp32" if name in _FLOATS else "i32"
+    return signature
+
+
+def _compile(case: _Case) -> AotRow:
+    # what a launch finds divisible by 16 in every real call: pointers, H, padded row strides
+    divisible = {
+        "H",
+        "ROWS",
+        "stride_hidden_n",
+        "stride_weight_v",
+        "stride_exps_n",
+        "stride_grad_n",
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(case.signature.items())
+        if name in divisible or (isinstance(kind, str) and kind.startswith("*"))
+    }
+    compiled = triton.compile(
+        ASTSource(
+            case.kernel,
+            signature=case.signature,
+            constexprs=case.constexprs,
+            attrs=attributes,
+        ),
+        target=GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32),
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "enable_fp_fusion": case.fp_fusion,
+        },
+    )
+    usage = _resource_usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    found = [name for name in ("tcgen05", "wgmma", "mma.sync") if name in ptx]
+    return AotRow(
+        kernel=case.kernel.fn.__name__.strip("_"),
+        arch=case.arch,
+        tile=case.tile,
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"],
+        spill_bytes=usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        shared_limit_bytes=case.shared_limit_bytes,
+        instruction=found[0] if found else "",
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """Return REG, STACK and LOCAL of a cubin."""
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    if usage.keys() != {"REG", "STACK", "LOCAL"}:
+        raise RuntimeError(f"aot: cuobjdump printed no resource usage, got {text[:200]!r}")
+    return usage

@@ -1,0 +1,402 @@
+"""Triton backend of ``linear_logprob``: the strategies, as loops over kernels and plain GEMMs.
+
+Products that stay plain go through torch (cuBLAS) with an fp32 result. The forward walks row
+chunks; the backward walks vocab chunks with all rows inside, so each slice of grad_weight is one
+product.
+"""
+
+import torch
+
+from spo_kernels._call import (
+    Call,
+    Inputs,
+    Kept,
+    RowGrads,
+    Rows,
+    backward_direction,
+    row_coefficients,
+)
+from spo_kernels.kernels import linear_logprob as fwd
+from spo_kernels.kernels import linear_logprob_bwd as bwd
+from spo_kernels.kernels import linear_logprob_rows as row_kernels
+from spo_kernels.kernels import logits_tile
+from spo_kernels.kernels.device import arch_of, cdiv, shared_bytes
+from spo_kernels.kernels.tiles import Tile, tile_for
+from spo_kernels.planner import SUB_TILE_V, head_slice_columns
+
+# scratch of the pass that an unplanned entropy gradient costs `direction`
+_FALLBACK_BYTES = 64 << 20
+# a row's reference is its maximum over this many columns
+_REFERENCE_COLUMNS = 256
+_STATS = {
+    "entropy": ("weighted", logits_tile.ENTROPY.value),
+    "log_sum_sq_probs": ("squares", logits_tile.SQUARES.value),
+    "mean_logits": ("plain", logits_tile.MEAN.value),
+    "is_top1": (None, logits_tile.TOP1.value),
+}
+
+
+def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Tensor], Kept]:
+    """Return the asked row outputs ``[N]`` and what the backward needs."""
+    device, N = inputs.hidden.device, rows.count
+    V, H = inputs.weight.shape
+    head = _Head(call, inputs)
+    names = {"logsumexp", "logps", "rest", *(call.outputs & set(_STATS))}
+    out = {
+        name: torch.empty(
+            N, dtype=torch.bool if name == "is_top1" else torch.float32, device=device
+        )
+        for name in names
+    }
+    target_logit = torch.empty(N, dtype=torch.float32, device=device)
+    write_exp = 0
+    # what is kept to the backward has fp16's precision for bf16, and no rounding of its own else
+    kept_dtype = torch.float16 if call.compute_dtype == torch.bfloat16 else torch.float32
+    direction = direction_lora = direction_scale = exps = references = None
+    if call.strategy == "direction":
+        own = call.compute_dtype == torch.float16
+        mode = logits_tile.OWN_REFERENCE if own else logits_tile.ROW_REFERENCE
+        write_exp = mode.value
+        shape = (min(call.row_chunk, N), _padded(V))
+        exps = torch.empty(shape, dtype=call.compute_dtype, device=device)[:, :V]
+        # fp16 with one scale a row: the bytes of bf16, 8 times its precision
+        if "hidden" in call.needs_grad:
+            direction = torch.empty(N, H, dtype=kept_dtype, device=device)
+        if "lora_a" in call.needs_grad:
+            rank = inputs.lora_b.shape[1]
+            direction_lora = torch.empty(N, rank, dtype=kept_dtype, device=device)
+        direction_scale = torch.empty(2, N, dtype=torch.float32, device=device)
+    if call.strategy == "resident":
+        write_exp = logits_tile.OWN_REFERENCE.value
+        exps = torch.empty(N, _padded(V), dtype=kept_dtype, device=device)[:, :V]
+        references = torch.empty(head.sub_tiles, N, dtype=torch.float32, device=device)
+
+    for start in range(0, N, call.row_chunk):
+        stop = min(start + call.row_chunk, N)
+        part = slice(start, stop)
+        at = slice(0, stop - start) if call.strategy == "direction" else part
+        chunk = {name: value[part] for name, value in out.items()}
+        chunk["target"] = target_logit[part]
+        chunk_exps = None if exps is None else exps[at]
+        labels = inputs.labels[part]
+        hidden, lora_a = _rows_of(call, rows, inputs, start, stop)
+        parts, reference = _score_chunk(
+            call, head, hidden, lora_a, labels, chunk, chunk_exps, write_exp
+        )
+        if call.strategy == "resident":
+            references[:, part] = parts["max"]
+        if call.strategy == "direction":
+            row_kernels.linear_logprob_rescale(
+                chunk_exps,
+                parts["max"],
+                reference,
+                chunk["row_max"],
+                chunk["logsumexp"],
+                write_exp=write_exp,
+            )
+            gain = chunk["rest"] * call.target_slope(chunk["target"])
+            for i, (kept, matrix) in enumerate(
+                ((direction, inputs.weight), (direction_lora, inputs.lora_b))
+            ):
+                if kept is not None:
+                    row_kernels.linear_logprob_direction(
+                        head.product(chunk_exps, matrix),
+                        matrix,
+                        labels,
+                        chunk["factor"],
+                        gain,
+                        kept[part],
+                        direction_scale[i, part],
+                        slope=call.slope,
+                        compute_dtype=call.compute_dtype,
+                    )
+    kept = Kept(
+        target_logit=target_logit,
+        logsumexp=out["logsumexp"],
+        rest=out["rest"],
+        entropy=out.get("entropy"),
+        direction=direction,
+        direction_lora=direction_lora,
+        direction_scale=direction_scale,
+        exps=exps if call.strategy == "resident" else None,
+        exp_reference=references,
+    )
+    return out, kept
+
+
+def backward(
+    call: Call, rows: Rows, inputs: Inputs, kept: Kept, grads: RowGrads, need: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    """Return the gradients named in ``need``, each in its parameter's dtype."""
+    needs_logits = grads.entropy is not None or grads.mean_logits is not None
+    if call.strategy == "direction":
+        if grads.entropy is None and not (call.softcap is not None and needs_logits):
+            return backward_direction(call, rows, inputs, kept, grads, need)
+    # behind a softcap the kept exponential holds its slope too, but the logit is lost
+    use_kept = kept.exps is not None and not (call.softcap is not None and needs_logits)
+    device, N = inputs.hidden.device, rows.count
+    V = inputs.weight.shape[0]
+    dtype = call.compute_dtype
+    vectors, row_scale = _vectors(call, kept, grads, V)
+    hidden, lora_a = _rows_of(call, rows, inputs, 0, N)
+
+    out = {
+        name: torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+        for name, tensor in zip(Inputs._fields[:5], inputs[:5], strict=True)
+        if name in need
+    }
+    sums = {
+        name: torch.zeros(N, tensor.shape[-1], dtype=torch.float32, device=device)
+        for name, tensor in (("hidden", inputs.hidden), ("lora_a", inputs.lora_a))
+        if name in need
+    }
+    # what the head's gradients are summed against: rows scaled by an exact power of two
+    largest = row_scale.amax() if N else row_scale.new_ones(())
+    relative = (row_scale / largest).to(dtype)[:, None]
+    scaled = dtype == torch.float16
+    right = {
+        "weight": hidden * relative if scaled and "weight" in need else hidden,
+        "bias": relative,
+        "lora_b": lora_a * relative if scaled and "lora_b" in need else lora_a,
+    }
+    head = _Head(call, inputs)
+    # a recomputed tile reads a copied head slice by slice; a direction plan has no chunk for this
+    step = min(call.vocab_chunk, V)
+    if call.strategy == "direction":
+        step = min(step, max(1, _FALLBACK_BYTES // max(1, N * dtype.itemsize) // 256) * 256)
+    step = min(step, head.columns) if head.columns < V else step
+    scratch = torch.empty(N, _padded(step), dtype=dtype, device=device)
+    for v0 in range(0, V if N else 0, step):
+        v1 = min(v0 + step, V)
+        weight, bias, lora_b = head.slice(v0, v1)
+        grad = scratch[:, : v1 - v0]
+        if use_kept:
+            bwd.linear_logprob_bwd_exps(
+                kept.exps[:, v0:v1],
+                kept.exp_reference,
+                inputs.labels,
+                vectors,
+                grad,
+                v_start=v0,
+                outer=call.slope,
+            )
+        else:
+            bwd.linear_logprob_bwd_logits(
+                hidden,
+                weight,
+                inputs.labels,
+                vectors,
+                grad,
+                bias=bias,
+                lora_a=lora_a,
+                lora_b=lora_b,
+                v_start=v0,
+                outer=call.slope,
+                tile=_tile("bwd", call, hidden, weight),
+                **_transform_arguments(call),
+            )
+        for name, matrix in (("hidden", weight), ("lora_a", lora_b)):
+            if name in sums:
+                _add_product(sums[name], grad, matrix)
+        for name in ("weight", "bias", "lora_b"):
+            if name in need:
+                value = _product(grad.t(), right[name]) * largest
+                out[name][v0:v1] = value.squeeze(1) if name == "bias" else value
+    for name, value in sums.items():
+        rows.put(out[name], 0, N, value.mul_(row_scale[:, None]))
+    return out
+
+
+class _Head:
+    """The head in the compute dtype, whole where it can be read as it is, else slice by slice."""
+
+    def __init__(self, call: Call, inputs: Inputs):
+        self.call, self.inputs = call, inputs
+        weight = inputs.weight
+        copied = weight.dtype != call.compute_dtype or weight.stride(1) != 1
+        self.columns = head_slice_columns(
+            weight.shape[0], weight.shape[1], call.compute_dtype.itemsize, copied
+        )
+        self.sub_tiles = cdiv(weight.shape[0], SUB_TILE_V)
+
+    def slice(self, v0: int, v1: int):
+        """Return (weight, bias, lora_b) rows ``v0:v1``, each last-axis contiguous."""
+        return tuple(
+            None if tensor is None else self._ready(tensor[v0:v1])
+            for tensor in (self.inputs.weight, self.inputs.bias, self.inputs.lora_b)
+        )
+
+    def slices(self):
+        """Yield (v0, weight, bias, lora_b) over the vocabulary."""
+        V = self.inputs.weight.shape[0]
+        for v0 in range(0, V, self.columns):
+            yield v0, *self.slice(v0, min(v0 + self.columns, V))
+
+    def product(self, exps: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Return ``exps @ matrix`` in fp32."""
+        V = matrix.shape[0]
+        total = None
+        for v0 in range(0, V, self.columns):
+            v1 = min(v0 + self.columns, V)
+            part = self._ready(matrix[v0:v1])
+            if total is None:
+                total = _product(exps[:, v0:v1], part)
+            else:
+                _add_product(total, exps[:, v0:v1], part)
+        return total
+
+    def _ready(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.call.compute_dtype)
+        return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _score_chunk(
+    call: Call,
+    head: _Head,
+    hidden: torch.Tensor,
+    lora_a: torch.Tensor | None,
+    labels: torch.Tensor,
+    out: dict[str, torch.Tensor],
+    exps: torch.Tensor | None,
+    write_exp: int,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Fill the row outputs and exponentials of one row chunk; return its partials and reference."""
+    n, device = hidden.shape[0], hidden.device
+    V = head.inputs.weight.shape[0]
+    stats = sum(bit for name, (_, bit) in _STATS.items() if name in call.outputs)
+
+    def partial() -> torch.Tensor:
+        return torch.empty(head.sub_tiles, n, dtype=torch.float32, device=device)
+
+    parts = {"max": partial(), "sum": partial()}
+    for name, (part, _) in _STATS.items():
+        if part is not None and name in call.outputs:
+            parts[part] = partial()
+    # a label no tile owns leaves NaN behind
+    parts["target"] = out["target"].fill_(float("nan"))
+    parts["top1"] = torch.full((n,), -1, dtype=torch.int32, device=device)
+
+    def launch(v0: int, weight, bias, lora_b, reference, exps_slice, stats: int, mode: int):
+        fwd.linear_logprob_fwd(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            parts=parts,
+            reference=reference,
+            exps=exps_slice,
+            v_start=v0,
+            first_sub=v0 // SUB_TILE_V,
+            stats=stats,
+            write_exp=mode,
+            tile=_tile("fwd", call, hidden, weight),
+            **_transform_arguments(call),
+        )
+
+    reference = None
+    if write_exp == logits_tile.ROW_REFERENCE.value:
+        # one reference a row: its maximum over the first vocab tile
+        weight, bias, lora_b = head.slice(0, min(_REFERENCE_COLUMNS, V))
+        launch(0, weight, bias, lora_b, None, None, 0, 0)
+        reference = parts["max"][: cdiv(weight.shape[0], SUB_TILE_V)].amax(0)
+    for v0, weight, bias, lora_b in head.slices():
+        exps_slice = None if exps is None else exps[:, v0 : v0 + weight.shape[0]]
+        launch(v0, weight, bias, lora_b, reference, exps_slice, stats, write_exp)
+    if write_exp:
+        out["row_max"] = torch.empty(n, dtype=torch.float32, device=device)
+        out["factor"] = torch.empty(n, dtype=torch.float32, device=device)
+    row_kernels.linear_logprob_reduce(
+        parts, reference, out, vocab_size=V, stats=stats, write_exp=write_exp
+    )
+    return parts, reference
+
+
+def _vectors(
+    call: Call, kept: Kept, grads: RowGrads, vocab_size: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return the row vectors of the gradient tile and each row's power of two (1 but for fp16)."""
+    rows = row_coefficients(call, kept, grads, vocab_size)
+    linear = {"on_p": rows.on_p, "on_label": rows.on_label}
+    if rows.g_entropy is not None:
+        linear["g_entropy"] = rows.g_entropy
+    if rows.everywhere is not None:
+        linear["everywhere"] = rows.everywhere
+    row_scale = torch.ones_like(rows.on_p)
+    if call.compute_dtype == torch.float16:
+        # fp16 would flush a small upstream gradient, so each row is brought to the range of 1
+        largest = torch.stack([value.abs() for value in linear.values()]).amax(0)
+        _, exponent = torch.frexp(largest)
+        row_scale = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
+        linear = {name: value / row_scale for name, value in linear.items()}
+    vectors = {name: value.contiguous() for name, value in linear.items()}
+    vectors["logsumexp"] = kept.logsumexp
+    if rows.entropy is not None:
+        vectors["entropy"] = rows.entropy
+    return vectors, row_scale
+
+
+def _transform_arguments(call: Call) -> dict[str, float | int]:
+    if call.softcap is not None:
+        return {
+            "transform_kind": logits_tile.CAPPED.value,
+            "scale": call.logit_scale / call.softcap,
+            "softcap": call.softcap,
+            "inv_t": 1.0 / call.temperature,
+        }
+    kind = 0 if call.slope == 1.0 else logits_tile.SCALED.value
+    return {"transform_kind": kind, "scale": call.slope, "softcap": 1.0, "inv_t": 1.0}
+
+
+def _rows_of(call: Call, rows: Rows, inputs: Inputs, start: int, stop: int):
+    """Return (hidden, lora_a) rows in the compute dtype, last axis contiguous."""
+
+    def ready(tensor: torch.Tensor | None, packed: bool) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        value = rows.take(tensor, start, stop).to(call.compute_dtype)
+        # rows that overlap in memory (an expanded tensor) have no row stride to load by
+        strided = value.stride(-1) == 1 and value.stride(0) >= value.shape[1]
+        return value if strided and not packed else value.contiguous()
+
+    return ready(inputs.hidden, False), ready(inputs.lora_a, True)
+
+
+def _tile(kernel: str, call: Call, hidden: torch.Tensor, weight: torch.Tensor) -> Tile:
+    aligned = all(
+        tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+        for tensor in (hidden, weight)
+    )
+    device = hidden.device
+    return tile_for(
+        kernel,
+        arch_of(device),
+        call.compute_dtype,
+        shared_bytes=shared_bytes(device),
+        tma=aligned and device.type == "cuda",
+    )
+
+
+def _padded(columns: int) -> int:
+    # a TMA or cuBLAS row stride is best a multiple of 16 bytes
+    return cdiv(columns, 8) * 8
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return ``a @ b`` in fp32, never rounded to the inputs' dtype on the way."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b`` for an fp32 total."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())

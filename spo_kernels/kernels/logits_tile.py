@@ -1,0 +1,190 @@
+"""What the logits kernels share: grid order, the logits tile, its transform and column pieces.
+
+    z = cap((h W^T + bias + a b^T) * logit_scale) / temperature
+
+Symbols: N rows, V vocab, H hidden, R LoRA rank. Products accumulate in fp32 and are never rounded.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from spo_kernels.kernels.device import INTERPRET
+from spo_kernels.kernels.tiles import Tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# a sub-tile this far above its row's reference keeps its own maximum as reference
+REFERENCE_SLACK = tl.constexpr(60.0)
+# fp16 exponentials use the head room above 1
+FP16_GAIN = tl.constexpr(32768.0)
+
+# bits of STATS
+ENTROPY = tl.constexpr(1)
+SQUARES = tl.constexpr(2)
+MEAN = tl.constexpr(4)
+TOP1 = tl.constexpr(8)
+# values of TRANSFORM and WRITE_EXP
+SCALED = tl.constexpr(1)
+CAPPED = tl.constexpr(2)
+ROW_REFERENCE = tl.constexpr(1)
+OWN_REFERENCE = tl.constexpr(2)
+
+
+@triton.jit
+def tile_of(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
+    """Map a linear tile id to (row block, vocab block); neighbours share the weight slice in L2."""
+    per_group = GROUP_N * tiles_v
+    first = (tile // per_group) * GROUP_N
+    group = tl.minimum(tiles_n - first, GROUP_N)
+    inner = tile % per_group
+    return first + inner % group, inner // group
+
+
+@triton.jit
+def logits_tile(
+    hidden,  # [N, H] pointer or descriptor
+    weight,  # [V, H] pointer or descriptor
+    lora_a_ptr,  # [N, R]
+    lora_b_ptr,  # [V, R]
+    n0,
+    v0,
+    N,
+    V,
+    H,
+    R,
+    stride_hidden_n,
+    stride_weight_v,
+    HAS_LORA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return the fp32 accumulator ``h W^T + a b^T`` of one tile."""
+    offs_n = n0.to(tl.int64) + tl.arange(0, BLOCK_N)
+    offs_v = v0.to(tl.int64) + tl.arange(0, BLOCK_V)
+    mask_n = offs_n < N
+    mask_v = offs_v < V
+    acc_logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for h0 in range(0, H, BLOCK_H):
+        if USE_TMA:
+            x = hidden.load([n0, h0])
+            w = weight.load([v0, h0])
+        else:
+            offs_h = h0 + tl.arange(0, BLOCK_H)
+            mask_h = offs_h < H
+            # [BLOCK_N, BLOCK_H]
+            x = tl.load(
+                hidden + offs_n[:, None] * stride_hidden_n + offs_h[None, :],
+                mask=mask_n[:, None] & mask_h[None, :],
+                other=0.0,
+            )
+            # [BLOCK_V, BLOCK_H]
+            w = tl.load(
+                weight + offs_v[:, None] * stride_weight_v + offs_h[None, :],
+                mask=mask_v[:, None] & mask_h[None, :],
+                other=0.0,
+            )
+        if INTERPRET:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        acc_logits = tl.dot(x, w.T, acc_logits, input_precision=PRECISION)
+    if HAS_LORA:
+        for r0 in range(0, R, BLOCK_R):
+            offs_r = r0 + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < R
+            # [BLOCK_N, BLOCK_R]
+            a = tl.load(
+                lora_a_ptr + offs_n[:, None] * R + offs_r[None, :],
+                mask=mask_n[:, None] & mask_r[None, :],
+                other=0.0,
+            )
+            # [BLOCK_V, BLOCK_R]
+            b = tl.load(
+                lora_b_ptr + offs_v[:, None] * R + offs_r[None, :],
+                mask=mask_v[:, None] & mask_r[None, :],
+                other=0.0,
+            )
+            if INTERPRET:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc_logits = tl.dot(a, b.T, acc_logits, input_precision=PRECISION)
+    return acc_logits
+
+
+@triton.jit
+def transform(
+    z,
+    bias_ptr,
+    cols,
+    mask_v,
+    scale,
+    softcap,
+    inv_t,
+    HAS_BIAS: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+):
+    """Return (z, 1 - tanh^2): the transformed logits and the softcap's slope (1 without one)."""
+    slope = 1.0
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + cols, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+    if TRANSFORM == SCALED:
+        # scale holds logit_scale / temperature
+        z *= scale
+    if TRANSFORM == CAPPED:
+        # tanh(x) = 2 sigmoid(2x) - 1; scale holds logit_scale / softcap
+        tanh = 2.0 * tl.sigmoid(2.0 * (z * scale)) - 1.0
+        slope = 1.0 - tanh * tanh
+        z = tanh * (softcap * inv_t)
+    return z, slope
+
+
+@triton.jit
+def local_label(labels_ptr, offs_n, mask_n, first, WIDTH: tl.constexpr):
+    """Return each row's label as a column of ``first : first + WIDTH``, -1 if elsewhere."""
+    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1) - first
+    return tl.where((label >= 0) & (label < WIDTH), label, -1).to(tl.int32)
+
+
+@triton.jit
+def _halves(x):
+    BLOCK_N: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def sub_tiles_of(x, SUB_TILES: tl.constexpr):
+    """Return the 2, 4 or 8 column pieces of a tile, left to right."""
+    tl.static_assert(SUB_TILES == 2 or SUB_TILES == 4 or SUB_TILES == 8)
+    left, right = _halves(x)
+    if SUB_TILES == 2:
+        return left, right
+    else:
+        first, second = _halves(left)
+        third, fourth = _halves(right)
+        if SUB_TILES == 4:
+            return first, second, third, fourth
+        else:
+            a, b = _halves(first)
+            c, d = _halves(second)
+            e, f = _halves(third)
+            g, h = _halves(fourth)
+            return a, b, c, d, e, f, g, h
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Return the fp32 product mode: torch's own TF32 switch decides, IEEE by default."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def operand(tensor: torch.Tensor, rows: int, tile: Tile):
+    """Return what a tile load reads: a TMA descriptor of ``[rows, block_h]`` or the tensor."""
+    if not tile.tma:
+        return tensor
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, tile.block_h])

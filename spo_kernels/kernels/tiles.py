@@ -1,0 +1,71 @@
+"""The tile table: which tile each kernel runs with, by architecture and dtype.
+
+A tile is never chosen by row count, strategy or outputs, so a row's log-prob has the same bits
+wherever it is computed. Rows were chosen by compiling ahead of time: the largest tile without
+spills with every output on (``spo-kernels aot`` prints the report).
+"""
+
+import dataclasses
+
+import torch
+
+from spo_kernels.planner import SUB_TILE_V
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One row of the table."""
+
+    block_n: int
+    block_v: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    block_r: int = 16
+    group_n: int = 8
+
+    @property
+    def sub_tiles(self) -> int:
+        """Column pieces the epilogue is finished in."""
+        return self.block_v // SUB_TILE_V
+
+
+# (kernel, architecture class, dtype class, loads). "tma" rows need 16-byte aligned rows, "pointer"
+# rows take anything; the tile itself is the same, so are the bits.
+TILES: dict[tuple[str, str, str, str], Tile] = {
+    ("fwd", "sm_80", "half", "pointer"): Tile(128, 256, 32, 8, 3),
+    ("fwd", "sm_90", "half", "pointer"): Tile(128, 256, 64, 8, 3),
+    ("fwd", "sm_90", "half", "tma"): Tile(128, 256, 64, 8, 3, tma=True),
+    ("fwd", "sm_100", "half", "pointer"): Tile(128, 128, 64, 4, 3),
+    ("fwd", "sm_100", "half", "tma"): Tile(128, 128, 64, 4, 3, tma=True),
+    ("fwd", "small", "half", "pointer"): Tile(64, 128, 32, 4, 3),
+    ("fwd", "sm_80", "float", "pointer"): Tile(64, 64, 16, 4, 2),
+    ("fwd", "sm_90", "float", "pointer"): Tile(64, 64, 16, 4, 2),
+    ("fwd", "sm_100", "float", "pointer"): Tile(64, 64, 16, 4, 2),
+    ("fwd", "small", "float", "pointer"): Tile(64, 64, 16, 4, 2),
+    ("bwd", "sm_80", "half", "pointer"): Tile(128, 128, 32, 8, 3),
+    ("bwd", "sm_90", "half", "pointer"): Tile(128, 128, 64, 8, 3),
+    ("bwd", "sm_90", "half", "tma"): Tile(128, 128, 64, 8, 3, tma=True),
+    ("bwd", "sm_100", "half", "pointer"): Tile(128, 128, 64, 4, 3),
+    ("bwd", "sm_100", "half", "tma"): Tile(128, 128, 64, 4, 3, tma=True),
+    ("bwd", "small", "half", "pointer"): Tile(64, 128, 32, 4, 3),
+    ("bwd", "sm_80", "float", "pointer"): Tile(64, 64, 16, 4, 2),
+    ("bwd", "sm_90", "float", "pointer"): Tile(64, 64, 16, 4, 2),
+    ("bwd", "sm_100", "float", "pointer"): Tile(64, 64, 16, 4, 2),
+    ("bwd", "small", "float", "pointer"): Tile(64, 64, 16, 4, 2),
+}
+
+# devices such as sm_86, sm_89 and sm_120 have about 99 KiB of shared memory a block
+_SMALL_SHARED_BYTES = 120 * 1024
+
+
+def tile_for(kernel: str, arch: str, dtype: torch.dtype, *, shared_bytes: int, tma: bool) -> Tile:
+    """Return the tile of ``kernel`` ("fwd" or "bwd") on ``arch`` ("sm_90")."""
+    dtype_class = "float" if dtype == torch.float32 else "half"
+    number = int(arch.removeprefix("sm_"))
+    arch_class = "sm_100" if number >= 100 else "sm_90" if number >= 90 else "sm_80"
+    if shared_bytes < _SMALL_SHARED_BYTES:
+        arch_class = "small"
+    row = TILES.get((kernel, arch_class, dtype_class, "tma")) if tma else None
+    return row or TILES[(kernel, arch_class, dtype_class, "pointer")]

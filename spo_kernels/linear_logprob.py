@@ -1,0 +1,352 @@
+"""Public ``linear_logprob``: per-token log-probs and their exact gradients without the logits."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from spo_kernels._call import Call, Inputs, Kept, RowGrads, Rows
+from spo_kernels._checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_dtype,
+    check_positive_float,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    fail,
+    refuse_double_backward,
+    resolve_backend,
+)
+from spo_kernels.planner import GRAD_INPUTS, OUTPUTS, STRATEGIES, plan_linear_logprob
+
+_OP = "linear_logprob"
+_DIFFERENTIABLE = ("logps", "entropy", "logsumexp", "mean_logits")
+
+
+class LinearLogprobOutput(NamedTuple):
+    """Row outputs in the labels' shape; a field that was not asked for is None."""
+
+    logps: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    logsumexp: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    lora: tuple[torch.Tensor, torch.Tensor] | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("logps",),
+    scored_rows: int | None = None,
+    budget_bytes: int | None = None,
+    strategy: str = "auto",
+    backend: str = "auto",
+    validate: bool = False,
+) -> LinearLogprobOutput:
+    """Compute per-token log-probs of ``labels`` under the head ``weight`` without building logits.
+
+        z0 = hidden W^T + bias + a_out b^T
+        z  = cap(z0 * logit_scale) / temperature,  cap(x) = softcap tanh(x / softcap)
+        logps = z_label - logsumexp(z);  entropy = logsumexp(z) - sum_v softmax(z)_v z_v
+
+    The ``[N, V]`` logits are never stored and never rounded: products accumulate in fp32 and the
+    softmax statistics are taken from the accumulator. Ignored positions are dropped before any
+    product and read 0. Results are bit-for-bit repeatable, and the same row gives the same log-prob
+    whatever the strategy, the budget or the rows beside it. ``plan_linear_logprob`` chooses how.
+
+    Args:
+        hidden: ``[..., H]`` bf16/fp16/fp32 (fp64 on the torch backend), any strides.
+        weight: ``[V, H]``, hidden's dtype (any float dtype under autocast).
+        labels: ``[...]`` int64/int32 aligned with hidden (already shifted), in [0, V) or
+            ``ignore_index``.
+        bias: ``[V]`` or None.
+        lora: ``(a_out [..., r], b [V, r])`` adds ``a_out @ b.T`` to the logits, or None.
+        temperature, logit_scale: Python floats > 0.
+        softcap: Python float > 0 or None.
+        outputs: which fields to return: logps, entropy, logsumexp, mean_logits, is_top1 (the first
+            maximum wins a tie), log_sum_sq_probs.
+        scored_rows: the number of labels that are not ``ignore_index``, when the caller knows it on
+            the host; it saves the one host read of the call on a GPU. A wrong number gives NaN.
+        budget_bytes: workspace the call may use; default 256 MiB (64 MiB on cpu) + (4 +
+            itemsize) N (H + 256) + (4VH if weight needs a gradient), N = scored rows.
+        strategy: "auto" (the planner's choice), "score", "direction", "resident" or "recompute".
+        backend: "auto" (triton on a CUDA tensor, else torch), "torch" or "triton".
+        validate: check labels on the host even where ``scored_rows`` made that unnecessary.
+    Returns:
+        ``LinearLogprobOutput``, fp32 fields (bool ``is_top1``) in the labels' shape.
+    Gradients: hidden, weight, bias, a_out, b through logps, entropy, logsumexp, mean_logits. Not
+        differentiable: labels, is_top1, log_sum_sq_probs; no double backward.
+    Raises: ValueError (shape, range, device, budget), TypeError (dtype), IndexError (a label
+        outside [0, V)), NotImplementedError (a strategy or backend that cannot).
+    Source: the ``direction`` identity d logp / dh = W_y - sum_v p_v W_v is ours; recomputing tiles
+        as in Wijmans et al. 2024, arXiv:2411.09009. Differs from it by: logits in fp32, no
+        gradient filter, a byte budget.
+    """
+    compute_dtype = _check(hidden, weight, labels, bias, lora, outputs, strategy)
+    temperature = check_positive_float(_OP, "temperature", temperature)
+    logit_scale = check_positive_float(_OP, "logit_scale", logit_scale)
+    if softcap is not None:
+        softcap = check_positive_float(_OP, "softcap", softcap)
+    backend = resolve_backend(_OP, backend, hidden)
+    if backend == "triton" and compute_dtype not in FLOAT_DTYPES:
+        fail(
+            _OP,
+            "hidden",
+            "have dtype bfloat16, float16, float32 on backend='triton'",
+            str(compute_dtype).removeprefix("torch."),
+            way_out="Use backend='torch'.",
+            error=TypeError,
+        )
+    rows, row_labels, exact = _scored_rows(
+        hidden, labels, weight.shape[0], ignore_index, scored_rows, validate
+    )
+    lora_a, lora_b = lora if lora is not None else (None, None)
+    tensors = (hidden, weight, bias, lora_a, lora_b)
+    needs = frozenset(
+        name
+        for name, tensor in zip(GRAD_INPUTS, tensors, strict=True)
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    )
+    plan = plan_linear_logprob(
+        rows=rows.count,
+        hidden_size=weight.shape[1],
+        vocab_size=weight.shape[0],
+        dtype=compute_dtype,
+        weight_dtype=weight.dtype,
+        needs_grad=needs,
+        outputs=outputs,
+        bias=bias is not None,
+        lora_rank=0 if lora_b is None else lora_b.shape[1],
+        softcap=softcap,
+        gathered=rows.index is not None,
+        head_copied=weight.stride(1) != 1,
+        budget_bytes=budget_bytes,
+        strategy=strategy,
+        device=_device_name(backend, hidden.device),
+    )
+    call = Call(
+        backend=backend,
+        strategy=plan.strategy,
+        row_chunk=plan.row_chunk,
+        vocab_chunk=plan.vocab_chunk,
+        outputs=frozenset(outputs),
+        needs_grad=needs,
+        compute_dtype=compute_dtype,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+    values = _LinearLogprobFunction.apply(*tensors, row_labels, rows, call)
+    if exact is not None:
+        # a wrong scored_rows must not pass for a result
+        values = tuple(
+            value if value is None or value.dtype == torch.bool else value.where(exact, torch.nan)
+            for value in values
+        )
+    return LinearLogprobOutput(*values)
+
+
+class _LinearLogprobFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_a: torch.Tensor | None,
+        lora_b: torch.Tensor | None,
+        labels: torch.Tensor,
+        rows: Rows,
+        call: Call,
+    ):
+        # TRL always asks for the entropy and detaches it: no zeros must be made up for it
+        ctx.set_materialize_grads(False)
+        inputs = Inputs(hidden, weight, bias, lora_a, lora_b, labels)
+        # autocast would round the fp32 products of the tiles
+        with torch.autocast(hidden.device.type, enabled=False):
+            values, kept = _backend(call).forward(call, rows, inputs)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.call, ctx.rows = call, rows
+        out = tuple(
+            rows.spread(values[name]) if name in call.outputs else None
+            for name in LinearLogprobOutput._fields
+        )
+        ctx.mark_non_differentiable(
+            *(
+                value
+                for name, value in zip(LinearLogprobOutput._fields, out, strict=True)
+                if value is not None and name not in _DIFFERENTIABLE
+            )
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None):
+        refuse_double_backward(_OP)
+        saved = ctx.saved_tensors
+        split = len(Inputs._fields)
+        inputs, kept = Inputs(*saved[:split]), Kept(*saved[split:])
+        call, rows = ctx.call, ctx.rows
+        dtype = kept.logsumexp.dtype
+        arrived = dict(zip(LinearLogprobOutput._fields, grad_outputs, strict=True))
+        grads = RowGrads(
+            *(
+                None if arrived[name] is None else rows.take_all(arrived[name]).to(dtype)
+                for name in RowGrads._fields
+            )
+        )
+        need = frozenset(
+            name for name, needed in zip(GRAD_INPUTS, ctx.needs_input_grad, strict=False) if needed
+        )
+        if all(grad is None for grad in grads) or not need:
+            return (None,) * 8
+        with torch.autocast(inputs.hidden.device.type, enabled=False):
+            grad = _backend(call).backward(call, rows, inputs, kept, grads, need)
+        return (*(grad.get(name) for name in GRAD_INPUTS), None, None, None)
+
+
+def _backend(call: Call):
+    if call.backend == "triton":
+        from spo_kernels.kernels import linear_logprob_strategies
+
+        return linear_logprob_strategies
+    from spo_kernels import _tiled_torch
+
+    return _tiled_torch
+
+
+def _device_name(backend: str, device: torch.device) -> str:
+    if backend == "torch":
+        return "cpu"
+    from spo_kernels.kernels.device import arch_of
+
+    return f"cuda:{arch_of(device)}"
+
+
+def _scored_rows(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    scored_rows: int | None,
+    validate: bool,
+) -> tuple[Rows, torch.Tensor, torch.Tensor | None]:
+    """Return the scored rows, their labels and, without a sync, whether the count was right."""
+    scored = labels != ignore_index
+    if scored_rows is not None and (
+        isinstance(scored_rows, bool) or not isinstance(scored_rows, int)
+    ):
+        fail(_OP, "scored_rows", "be an int or None", type(scored_rows).__name__, error=TypeError)
+    if scored_rows is not None and not 0 <= scored_rows <= labels.numel():
+        fail(_OP, "scored_rows", f"be between 0 and {labels.numel()}", scored_rows)
+    on_host = labels.device.type == "cpu"
+    exact = None
+    if scored_rows is None or validate or on_host:
+        outside = scored & ((labels < 0) | (labels >= vocab_size))
+        # the one host read of the call
+        count, bad = torch.stack((scored.sum(), outside.sum())).tolist()
+        if bad:
+            place = int(outside.flatten().nonzero()[0])
+            raise IndexError(
+                f"{_OP}: target {int(labels.flatten()[place])} at row {place} outside "
+                f"[0, {vocab_size})"
+            )
+        if scored_rows is not None and scored_rows != count:
+            fail(_OP, "scored_rows", f"be the number of scored labels, {count}", scored_rows)
+        scored_rows = count
+    else:
+        exact = scored.sum() == scored_rows
+
+    flat_view = all(
+        hidden.stride(i) == hidden.stride(i + 1) * hidden.size(i + 1)
+        for i in range(hidden.dim() - 2)
+    )
+    if scored_rows == labels.numel() and flat_view:
+        return Rows(scored_rows, labels.shape, None), labels.reshape(-1).long(), exact
+    places = torch.nonzero_static(scored, size=scored_rows, fill_value=0)
+    index = tuple(places.t().contiguous().unbind())
+    rows = Rows(scored_rows, labels.shape, index)
+    return rows, labels[index].long(), exact
+
+
+def _check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora: tuple[torch.Tensor, torch.Tensor] | None,
+    outputs: tuple[str, ...],
+    strategy: str,
+) -> torch.dtype:
+    """Refuse bad input and return the compute dtype (autocast's where it is on)."""
+    named = {"hidden": hidden, "weight": weight, "labels": labels}
+    for name, tensor in named.items():
+        check_tensor(_OP, name, tensor)
+    named["bias"] = bias
+    floats = (*FLOAT_DTYPES, torch.float64)
+    check_dtype(_OP, "hidden", hidden, floats)
+    check_dtype(_OP, "labels", labels, (torch.int64, torch.int32))
+    if hidden.dim() < 1 or hidden.dim() != labels.dim() + 1 or hidden.dim() < 2:
+        fail(
+            _OP,
+            "labels",
+            f"have hidden's leading shape {tuple(hidden.shape[:-1])}, at least one axis",
+            tuple(labels.shape),
+        )
+    H = hidden.shape[-1]
+    check_shape(_OP, "labels", labels, tuple(hidden.shape[:-1]), f"{tuple(hidden.shape[:-1])}")
+    if weight.dim() == 2 and weight.numel() == 0:
+        fail(
+            _OP,
+            "weight",
+            f"hold [V, H] elements with H={H}",
+            f"0 elements {tuple(weight.shape)}",
+            way_out="A sharded head must be gathered first (ZeRO-3: GatheredParameters).",
+            error=RuntimeError,
+        )
+    check_shape(_OP, "weight", weight, (None, H), f"[V, H] with H={H}")
+    V = weight.shape[0]
+    heads = {"weight": weight}
+    if bias is not None:
+        check_tensor(_OP, "bias", bias)
+        check_shape(_OP, "bias", bias, (V,), f"[V] with V={V}")
+        heads["bias"] = bias
+    if lora is not None:
+        if not (isinstance(lora, tuple) and len(lora) == 2):
+            fail(_OP, "lora", "be a pair (a_out, b)", type(lora).__name__, error=TypeError)
+        a_out, b = lora
+        for name, tensor in (("lora a_out", a_out), ("lora b", b)):
+            check_tensor(_OP, name, tensor)
+        check_shape(_OP, "lora b", b, (V, None), f"[V, r] with V={V}")
+        leading, rank = tuple(hidden.shape[:-1]), b.shape[1]
+        check_shape(_OP, "lora a_out", a_out, (*leading, rank), f"{(*leading, rank)}")
+        heads["lora a_out"], heads["lora b"] = a_out, b
+    check_same_device(_OP, {**named, **heads})
+
+    autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    for name, tensor in heads.items():
+        check_dtype(_OP, name, tensor, floats)
+        if tensor.dtype != hidden.dtype and not autocast:
+            fail(
+                _OP,
+                name,
+                f"have hidden's dtype {str(hidden.dtype).removeprefix('torch.')}",
+                str(tensor.dtype).removeprefix("torch."),
+                way_out="Cast one of them, or run under torch.autocast.",
+                error=TypeError,
+            )
+    if isinstance(outputs, str) or not outputs:
+        fail(_OP, "outputs", "be a non-empty tuple of names", repr(outputs), error=TypeError)
+    for name in outputs:
+        check_choice(_OP, "outputs", name, OUTPUTS)
+    check_choice(_OP, "strategy", strategy, ("auto", *STRATEGIES))
+    return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype

@@ -1,0 +1,449 @@
+"""The planner: a pure function from sizes and a byte budget to what ``linear_logprob`` runs.
+
+Every feasible (strategy, row chunk, vocab chunk) is listed with its GEMM units (one unit is one
+N x H x V product, 2NHV FLOP), the bytes it moves and its peak workspace; the one with the least
+predicted time whose workspace fits the budget is returned. Workspace is what the call allocates
+beyond its inputs, its per-row outputs and the gradients it returns; it includes what is kept from
+forward to backward.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+
+from spo_kernels._checks import check_choice, fail
+
+Strategy = Literal["score", "direction", "resident", "recompute"]
+STRATEGIES: tuple[Strategy, ...] = ("score", "direction", "resident", "recompute")
+OUTPUTS = ("logps", "entropy", "logsumexp", "mean_logits", "is_top1", "log_sum_sq_probs")
+GRAD_INPUTS = ("hidden", "weight", "bias", "lora_a", "lora_b")
+
+_OP = "plan_linear_logprob"
+_MIB = 1 << 20
+# the torch backend walks the vocabulary in steps of this many columns whatever the strategy, so
+# that a row's log-prob never depends on the plan; a row chunk keeps one tile inside the caches
+TORCH_VOCAB_CHUNK = 4096
+_TORCH_SLICE_ELEMENTS = 1 << 22
+TORCH_MIN_ROWS = 16
+# the triton forward finishes a tile in pieces of this many columns, one partial statistic each
+SUB_TILE_V = 32
+_TRITON_MIN_ROWS = 128
+_MIN_VOCAB_STEP = 256
+# a head that must be cast or made contiguous is copied in slices of about this size
+_HEAD_SLICE_BYTES = 32 * _MIB
+HEAD_SLICE_COLUMNS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFacts:
+    """What the time model knows of a device."""
+
+    flops: float
+    bytes_per_second: float
+    slack_bytes: int
+
+
+# what bare GEMMs and copies reach on an H200 (sm_90); the others are estimates. They only rank the
+# candidates
+_DEVICES = {
+    "sm_80": DeviceFacts(2.5e14, 1.6e12, 256 * _MIB),
+    "sm_90": DeviceFacts(7.85e14, 4.3e12, 256 * _MIB),
+    "sm_100": DeviceFacts(1.8e15, 6.5e12, 256 * _MIB),
+    "cpu": DeviceFacts(1.2e11, 1.2e10, 64 * _MIB),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One (strategy, row chunk, vocab chunk) with its predicted cost."""
+
+    strategy: Strategy
+    row_chunk: int
+    vocab_chunk: int
+    gemm_units: int
+    bytes_moved: int
+    peak_bytes: int
+    time_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What ``linear_logprob`` will run, and the table it was chosen from."""
+
+    strategy: Strategy
+    row_chunk: int
+    vocab_chunk: int
+    gemm_units: int
+    bytes_moved: int
+    peak_bytes: int
+    time_ms: float
+    budget_bytes: int
+    rows: int
+    hidden_size: int
+    vocab_size: int
+    device: str
+    candidates: tuple[Candidate, ...]
+
+    def explain(self) -> str:
+        """Return the table the plan was chosen from, the chosen row marked with ``*``."""
+        head = (
+            f"linear_logprob: {self.rows} rows x hidden {self.hidden_size} x vocab "
+            f"{self.vocab_size} on {self.device}, budget {_human(self.budget_bytes)}"
+        )
+        titles = ("", "strategy", "units", "row_chunk", "vocab_chunk", "workspace", "moved", "time")
+        lines = [titles]
+        for c in self.candidates:
+            chosen = (c.strategy, c.row_chunk, c.vocab_chunk) == (
+                self.strategy,
+                self.row_chunk,
+                self.vocab_chunk,
+            )
+            mark = "*" if chosen else "" if c.peak_bytes <= self.budget_bytes else "over"
+            lines.append(
+                (
+                    mark,
+                    c.strategy,
+                    str(c.gemm_units),
+                    str(c.row_chunk),
+                    str(c.vocab_chunk),
+                    _human(c.peak_bytes),
+                    _human(c.bytes_moved),
+                    f"{c.time_ms:.2f} ms",
+                )
+            )
+        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+        table = [
+            "  ".join(cell.rjust(w) for cell, w in zip(ln, widths, strict=True)) for ln in lines
+        ]
+        return "\n".join([head, *table])
+
+
+def plan_linear_logprob(
+    *,
+    rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None = None,
+    needs_grad: Iterable[str] = ("hidden", "weight"),
+    outputs: Iterable[str] = ("logps",),
+    entropy_grad: bool = False,
+    bias: bool = False,
+    lora_rank: int = 0,
+    softcap: float | None = None,
+    gathered: bool = True,
+    head_copied: bool = False,
+    budget_bytes: int | None = None,
+    strategy: str = "auto",
+    device: str = "cuda:sm_90",
+) -> Plan:
+    """Choose how ``linear_logprob`` runs.
+
+        time = units * 2 N H V / flops + bytes moved / bandwidth
+
+    Pure: nothing is allocated and no device is touched.
+
+    Args:
+        rows: N >= 0, rows scored after ignored positions are dropped.
+        hidden_size, vocab_size: H, V >= 1.
+        dtype: compute dtype (bf16, fp16, fp32, fp64); under autocast, autocast's.
+        weight_dtype: dtype of the stored weight when it differs (autocast over an fp32 weight).
+        needs_grad: subset of hidden, weight, bias, lora_a, lora_b.
+        outputs: subset of logps, entropy, logsumexp, mean_logits, is_top1, log_sum_sq_probs.
+        entropy_grad: whether a gradient will arrive at the entropy. Without it a surprise gradient
+            costs ``direction`` an extra recompute pass.
+        bias, lora_rank, softcap: what the logits are made of.
+        gathered: whether ignored positions are dropped by a row gather (one more ``[rows, H]``).
+        head_copied: whether the weight's last axis is strided, so that slices of it are copied.
+        budget_bytes: > 0; default ``default_budget_bytes``: 256 MiB (64 MiB on cpu) + (4 +
+            itemsize) N (H + 256) + (4VH if weight needs a gradient).
+        strategy: "auto" or one of score, direction, resident, recompute.
+        device: "cuda:sm_80" / "cuda:sm_90" / "cuda:sm_100" (triton), or "cpu" (torch backend).
+    Returns:
+        A ``Plan``; ``explain()`` prints the candidates.
+    Raises:
+        ValueError: a bad size, name or strategy; a budget nothing fits (names the smallest that
+            works); NotImplementedError: a forced strategy that cannot give a gradient asked for.
+    """
+    for name, size, least in (
+        ("rows", rows, 0),
+        ("hidden_size", hidden_size, 1),
+        ("vocab_size", vocab_size, 1),
+        ("lora_rank", lora_rank, 0),
+    ):
+        if isinstance(size, bool) or not isinstance(size, int) or size < least:
+            fail(_OP, name, f"be an int >= {least}", size)
+    needs, asked = tuple(needs_grad), tuple(outputs)
+    for name in needs:
+        check_choice(_OP, "needs_grad", name, GRAD_INPUTS)
+    for name in asked:
+        check_choice(_OP, "outputs", name, OUTPUTS)
+    check_choice(_OP, "strategy", strategy, ("auto", *STRATEGIES))
+    kind, facts = _device_facts(device)
+    if budget_bytes is None:
+        budget_bytes = default_budget_bytes(
+            rows, hidden_size, vocab_size, needs, itemsize=dtype.itemsize, device=device
+        )
+    elif isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes <= 0:
+        fail(_OP, "budget_bytes", "be an int > 0", budget_bytes)
+
+    sizes = _Sizes(
+        N=rows,
+        H=hidden_size,
+        V=vocab_size,
+        R=lora_rank,
+        item=dtype.itemsize,
+        weight_item=(weight_dtype or dtype).itemsize,
+        needs=frozenset(needs),
+        stats=2 + 3 * len({"entropy", "log_sum_sq_probs", "mean_logits"} & set(asked)),
+        has_entropy="entropy" in asked,
+        gathered=gathered,
+        kept_item=2 if dtype == torch.bfloat16 else 4,
+        head_copied=head_copied or (weight_dtype or dtype) != dtype,
+    )
+    allowed = _allowed_strategies(sizes.needs, softcap is not None, entropy_grad)
+    if strategy != "auto":
+        if strategy not in allowed:
+            raise NotImplementedError(
+                f"{_OP}: strategy={strategy!r} cannot give the gradients asked for "
+                f"({', '.join(sorted(sizes.needs)) or 'none'}). Use one of {', '.join(allowed)}."
+            )
+        allowed = (strategy,)
+
+    model = _torch_candidates if kind == "cpu" else _triton_candidates
+    candidates = []
+    for name in allowed:
+        units = _gemm_units(name, sizes.needs)
+        for row_chunk, vocab_chunk, peak, moved in model(name, sizes, budget_bytes):
+            seconds = units * 2 * sizes.N * sizes.H * sizes.V / facts.flops
+            seconds += moved / facts.bytes_per_second
+            candidates.append(
+                Candidate(name, row_chunk, vocab_chunk, units, moved, peak, seconds * 1e3)
+            )
+    fitting = [c for c in candidates if c.peak_bytes <= budget_bytes]
+    if not fitting:
+        smallest = min(candidates, key=lambda c: c.peak_bytes)
+        fail(
+            _OP,
+            "budget_bytes",
+            f"be at least {smallest.peak_bytes} (strategy {smallest.strategy!r})",
+            budget_bytes,
+        )
+    best = min(fitting, key=lambda c: (c.time_ms, c.peak_bytes))
+    return Plan(
+        **dataclasses.asdict(best),
+        budget_bytes=budget_bytes,
+        rows=rows,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        device=device,
+        candidates=tuple(candidates),
+    )
+
+
+def default_budget_bytes(
+    rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    needs_grad: Iterable[str],
+    *,
+    itemsize: int,
+    device: str,
+) -> int:
+    """Return the default workspace of one call, about what TRL's own function takes.
+
+    256 MiB (64 MiB on cpu), the gathered rows and an fp32 ``[N, H]``, 256 columns more of both for
+    what else a row needs, and an fp32 ``[V, H]`` if the weight trains.
+    """
+    slack = _device_facts(device)[1].slack_bytes
+    weight_bytes = 4 * vocab_size * hidden_size if "weight" in tuple(needs_grad) else 0
+    return slack + (4 + itemsize) * rows * (hidden_size + _MIN_VOCAB_STEP) + weight_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    N: int
+    H: int
+    V: int
+    R: int
+    item: int
+    weight_item: int
+    needs: frozenset[str]
+    stats: int
+    has_entropy: bool
+    gathered: bool
+    kept_item: int
+    head_copied: bool
+
+
+def head_slice_columns(vocab_size: int, hidden_size: int, itemsize: int, copied: bool) -> int:
+    """Return how many head rows the triton backend hands to a kernel at once."""
+    if not copied:
+        return vocab_size
+    columns = _HEAD_SLICE_BYTES // (hidden_size * itemsize) // HEAD_SLICE_COLUMNS
+    return min(vocab_size, max(1, columns) * HEAD_SLICE_COLUMNS)
+
+
+def _device_facts(device: str) -> tuple[str, DeviceFacts]:
+    if device == "cpu":
+        return "cpu", _DEVICES["cpu"]
+    arch = device.removeprefix("cuda:")
+    if not device.startswith("cuda:") or not arch.startswith("sm_"):
+        fail(_OP, "device", "be 'cpu' or 'cuda:sm_<arch>'", repr(device))
+    # an architecture without a row of its own is planned like the nearest older one
+    number = int(arch.removeprefix("sm_"))
+    key = "sm_100" if number >= 100 else "sm_90" if number >= 90 else "sm_80"
+    return key, _DEVICES[key]
+
+
+def _allowed_strategies(
+    needs: frozenset[str], softcap: bool, entropy_grad: bool
+) -> tuple[Strategy, ...]:
+    if not needs:
+        return ("score",)
+    head_grad = needs & {"weight", "bias", "lora_b"}
+    if entropy_grad:
+        # the kept tile has lost the logit behind the cap, and one vector has no entropy in it
+        return ("recompute",) if softcap else ("resident", "recompute")
+    return ("resident", "recompute") if head_grad else ("direction", "resident", "recompute")
+
+
+def _gemm_units(strategy: Strategy, needs: frozenset[str]) -> int:
+    products = ("hidden" in needs) + ("weight" in needs)
+    if strategy == "score":
+        return 1
+    if strategy == "direction":
+        return 1 + ("hidden" in needs)
+    return 1 + products + (strategy == "recompute")
+
+
+def _chunk_steps(total: int, least: int, most: int | None = None) -> list[int]:
+    """Return chunk sizes from ``total`` down to ``least`` by quarters, multiples of ``least``."""
+    size = max(least, math.ceil(max(total, 1) / least) * least)
+    if most is not None:
+        size = min(size, most)
+    steps = [size]
+    while size > least:
+        size = max(least, min(size * 3 // 4 // least * least, size - least))
+        steps.append(size)
+    return steps
+
+
+def _pick(steps: list[int], budget: int, peak_of) -> tuple[int, int]:
+    """Return the largest step whose peak fits, or the smallest step, with its peak."""
+    for step in steps:
+        peak = peak_of(step)
+        if peak <= budget:
+            return step, peak
+    return steps[-1], peak_of(steps[-1])
+
+
+def _torch_candidates(strategy: Strategy, s: _Sizes, budget: int):
+    """Yield (row_chunk, vocab_chunk, peak_bytes, bytes_moved) of the torch backend."""
+    item = 8 if s.item == 8 else 4
+    # by H alone, so that one slice of the head stays at 16 MiB
+    chunk = min(TORCH_VOCAB_CHUNK, max(256, _TORCH_SLICE_ELEMENTS // s.H // 256 * 256), s.V)
+    tiles = math.ceil(s.V / chunk)
+    # half inputs are upcast a slice at a time; the next slice is made while the last one lives
+    weight_copy = 2 * chunk * (s.H + s.R) * item if s.weight_item < item else 0
+    head_grads = s.needs & {"weight", "lora_b"}
+
+    def forward(rows: int) -> int:
+        # two tiles, the hidden chunk; the direction's sums, label rows and their product
+        accumulator = 4 * rows * (s.H + s.R) * item if strategy == "direction" else 0
+        return 2 * rows * chunk * item + rows * (s.H + s.R) * 2 * item + weight_copy + accumulator
+
+    def backward(rows: int) -> int:
+        tile = 2 * rows * chunk * item + rows * (s.H + s.R) * 2 * item + weight_copy
+        grad_hidden = s.N * (s.H + s.R) * item if s.needs & {"hidden", "lora_a"} else 0
+        return tile + grad_hidden + (chunk * (s.H + s.R) * item if head_grads else 0)
+
+    kept = 64 * s.N
+    if strategy == "direction":
+        kept += s.N * (s.H + s.R) * item
+    if strategy == "resident":
+        kept += s.N * s.V * min(s.item, item) + 4 * s.N * tiles
+
+    def peak_of(rows: int) -> int:
+        runs_backward = strategy in ("resident", "recompute")
+        return kept + max(forward(rows), backward(rows) if runs_backward else 0)
+
+    rows, peak = _pick(_chunk_steps(s.N, TORCH_MIN_ROWS, 1024), budget, peak_of)
+    passes = max(1, math.ceil(s.N / rows))
+    element = s.N * s.V * item
+    moved = passes * s.V * s.H * s.weight_item + 3 * element
+    if strategy == "resident":
+        moved += 2 * s.N * s.V * min(s.item, item) + 2 * element
+    if strategy == "recompute":
+        moved += s.V * s.H * s.weight_item + 4 * element
+    yield rows, chunk, peak, moved
+
+
+def _triton_candidates(strategy: Strategy, s: _Sizes, budget: int):
+    """Yield (row_chunk, vocab_chunk, peak_bytes, bytes_moved) of the triton backend."""
+    width = s.H + s.R
+    tiles = math.ceil(s.V / SUB_TILE_V)
+    padded_v = math.ceil(s.V / 8) * 8
+    kept = 64 * s.N
+    weight_pass = s.V * width * s.item
+    cast = 0
+    if s.head_copied:
+        cast = head_slice_columns(s.V, s.H, s.item, True) * width * s.item
+
+    def partials(rows: int) -> int:
+        gather = rows * width * s.item if s.gathered else 0
+        # one partial each per tile, and the reduction's row vectors
+        return rows * tiles * 4 * (s.stats + 1) + 64 * rows + gather
+
+    if strategy in ("score", "direction"):
+        if strategy == "direction":
+            kept += s.N * width * s.kept_item + 8 * s.N
+
+        def peak_of(rows: int) -> int:
+            tile = rows * padded_v * s.item + rows * width * 4 if strategy == "direction" else 0
+            return kept + cast + partials(rows) + tile
+
+        rows, peak = _pick(_chunk_steps(s.N, _TRITON_MIN_ROWS, 8192), budget, peak_of)
+        passes = max(1, math.ceil(s.N / rows))
+        moved = passes * weight_pass * (2 if strategy == "direction" else 1)
+        if strategy == "direction":
+            moved += 2 * s.N * s.V * s.item
+        yield rows, s.V, peak, moved
+        return
+
+    # vocab chunk outer, all rows inner: one slice of grad_weight is one product over all rows
+    row_steps = _chunk_steps(s.N, _TRITON_MIN_ROWS, 8192)
+    all_hidden = s.N * width * s.item if s.gathered else 0
+    grad_hidden = s.N * width * 4 if s.needs & {"hidden", "lora_a"} else 0
+    if strategy == "resident":
+        kept += s.N * padded_v * s.kept_item + 4 * s.N * tiles
+    forward_rows = row_steps[-1]
+    for rows in row_steps:
+        forward_rows = rows
+        if kept + cast + partials(rows) <= budget:
+            break
+    forward_peak = kept + cast + partials(forward_rows)
+    for vocab_chunk in _chunk_steps(s.V, _MIN_VOCAB_STEP):
+        scratch = s.N * min(vocab_chunk, padded_v) * s.item
+        slice_grad = min(vocab_chunk, s.V) * width * 4 if s.needs & {"weight", "lora_b"} else 0
+        peak = max(forward_peak, kept + cast + all_hidden + grad_hidden + scratch + slice_grad)
+        chunks = math.ceil(s.V / vocab_chunk)
+        element = s.N * s.V * s.item
+        products = len(s.needs & {"hidden", "weight"})
+        moved = 2 * weight_pass + element * (1 + products)
+        moved += chunks * s.N * width * (s.item * products + 8 * bool(grad_hidden))
+        if strategy == "resident":
+            moved += 2 * element
+        yield forward_rows, vocab_chunk, peak, moved
+        if peak <= budget:
+            return
+
+
+def _human(size: int) -> str:
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"

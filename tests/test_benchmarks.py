@@ -1,0 +1,160 @@
+"""The benchmarks run on toy shapes: providers, gate, memory, result files, report, GPU stages."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import accuracy, bars, gpu, memory, providers, report, results, workloads
+
+_ROOT = results.ROOT
+_RUNNABLE = [name for name in providers.NAMES if not providers.why_not(name, workloads.TINY, "cpu")]
+
+
+@pytest.mark.parametrize("name", _RUNNABLE)
+def test_providers_agree_with_fp64(name):
+    for dtype in ("fp32", "bf16"):
+        accuracy.gate(name, dataclasses.replace(workloads.TINY, dtype=dtype, peaked=True), "cpu")
+
+
+def test_gate_refuses_a_wrong_provider(monkeypatch):
+    right = providers.log_probs_of("eager")
+    monkeypatch.setitem(providers._LOG_PROBS, "eager", lambda tensors: right(tensors) * 1.01)
+    with pytest.raises(AssertionError, match="eager on tiny.*max_dlogp is"):
+        accuracy.gate("eager", workloads.TINY, "cpu")
+
+
+def test_a_provider_that_cannot_run_says_why():
+    assert "Triton only" in providers.why_not("liger", workloads.TINY, "cpu")
+    trainable = dataclasses.replace(workloads.TINY, trainable=True)
+    assert "cannot give the gradients" in providers.why_not("spo:direction", trainable, "cpu")
+    assert {"eager", "spo", "spo:direction"} <= set(_RUNNABLE)
+
+
+def test_peaked_inputs_are_peaked():
+    shape = dataclasses.replace(workloads.ACCURACY, rows=64, vocab=2048, dtype="fp32")
+    spread = {}
+    for peaked in (False, True):
+        tensors = workloads.make_tensors(dataclasses.replace(shape, peaked=peaked), "cpu")
+        spread[peaked] = (tensors.hidden @ tensors.weight.T).std().item()
+        again = workloads.make_tensors(dataclasses.replace(shape, peaked=peaked), "cpu")
+        assert torch.equal(tensors.hidden, again.hidden)
+        assert torch.equal(tensors.labels, again.labels)
+    assert spread[False] == pytest.approx(1.0, rel=0.1)
+    assert spread[True] == pytest.approx(5.7, rel=0.1)
+
+
+def test_memory_of_a_fresh_process_counts_the_logits():
+    workload = workloads.Workload("memory", 512, 16, 16384, "fp32")
+    peak = memory.peak_bytes("eager", workload, "cpu", threads=1)
+    logits = 4 * workload.rows * workload.vocab
+    assert 1.5 * logits < peak < 8 * logits
+
+
+def test_bars():
+    def row(provider, dtype, ms, peak):
+        return {
+            "kind": "bar",
+            "shape": "bar",
+            "trainable": False,
+            "dtype": dtype,
+            "provider": provider,
+            "median_ms": ms,
+            "peak_bytes": peak,
+        }
+
+    rows = [row("eager", "fp32", 100.0, 1000), row("trl", "fp32", 400.0, 3000)]
+    rows += [row("spo", "fp32", 90.0, 200), row("spo", "bf16", 110.0, 200)]
+    found = {bar.what: (round(bar.ratio, 3), bar.met) for bar in bars.cpu_bars(rows)}
+    assert found == {
+        "time against TRL": (0.225, True),
+        "memory against TRL": (0.067, True),
+        "time against eager": (0.9, True),
+        "memory against eager": (0.2, True),
+        "bf16 against fp32 time": (1.222, False),
+    }
+
+
+def test_pytest_session_writes_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_linear_logprob.py", "-q", "--tiny"]
+    command += ["--benchmark-only", "--results", str(path), "--threads", "1"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "test_grid and qwen05 and frozen and (eager or spo)",
+    ]
+    # a worker of a parallel test run must not pass its role on: it would switch benchmarks off
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    done = subprocess.run(
+        command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    document = json.loads(path.read_text())
+    assert {row["provider"] for row in document["rows"]} == {"eager", "spo"}
+    assert {row["pass"] for row in document["rows"]} == {"forward", "forward_backward"}
+    assert all(row["median_ms"] > 0 and row["command"] for row in document["rows"])
+    assert document["machine"]["device"] and str(_ROOT) not in path.read_text()
+
+
+@pytest.fixture(scope="module")
+def gpu_results(tmp_path_factory):
+    """The file of a run of every GPU stage but the training step, on toy shapes."""
+    path = tmp_path_factory.mktemp("gpu") / "toy-gpu.json"
+    run = gpu.Run("cpu", tiny=True, long=False)
+    for name, stage in gpu.stages_of(run):
+        if name.startswith(("time", "launches", "degree", "accuracy-bf16")):
+            rows = [{"command": run.command, **row} for row in stage()]
+            results.merge(path, rows, device="cpu", threads=1, stage=name)
+    return path
+
+
+def test_gpu_stages(gpu_results, capsys, monkeypatch):
+    document = results.load(gpu_results)
+    assert {row["kind"] for row in document["rows"]} == {"time", "launches", "degree", "accuracy"}
+    # a restart runs what is missing and nothing else
+    monkeypatch.setattr(gpu, "stages_of", lambda run: [("degree", None), ("new", lambda: [])])
+    assert gpu.main(["--tiny", "--results", str(gpu_results)]) == 0
+    assert "degree: already in" in capsys.readouterr().out
+    assert "new" in results.load(gpu_results)["stages"]
+    monkeypatch.setattr(gpu, "stages_of", lambda run: [("broken", lambda: 1 / 0)])
+    assert gpu.main(["--tiny", "--results", str(gpu_results)]) == 1
+
+
+def test_a_new_measurement_replaces_the_old_one(tmp_path):
+    path = tmp_path / "rows.json"
+    row = {"kind": "time", "workload": "w", "provider": "spo", "pass": "forward", "median_ms": 1.0}
+    for median in (1.0, 2.0):
+        results.merge(path, [{**row, "median_ms": median}], device="cpu", threads=1)
+    assert [row["median_ms"] for row in results.load(path)["rows"]] == [2.0]
+
+
+def test_report(gpu_results, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    folder = str(gpu_results.parent)
+    assert report.main(["--results", folder, "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| tiny fp32 random | 24 x 16 x 300 | frozen | spo (direction, 2 units) |" in text
+    assert "host syncs" in text and "`python -m benchmarks.gpu --tiny`" in text
+    assert "against 2 bare GEMMs" in capsys.readouterr().out
+    assert (gpu_results.parent / "strategies.png").stat().st_size > 10_000
+    again = readme.read_text()
+    assert report.main(["--results", folder, "--readme", str(readme), "--no-plots"]) == 0
+    assert readme.read_text() == again
+
+
+def test_report_without_results_or_markers(gpu_results, tmp_path, capsys):
+    assert report.main(["--results", str(tmp_path)]) == 2
+    assert "no result files" in capsys.readouterr().out
+    bare = tmp_path / "README.md"
+    bare.write_text("no markers")
+    arguments = ["--results", str(gpu_results.parent), "--readme", str(bare), "--no-plots"]
+    assert report.main(arguments) == 2
+    assert bare.read_text() == "no markers"

@@ -1,0 +1,62 @@
+"""Every tile row compiles for sm_80, sm_90 and sm_100 without spills; not interpreted."""
+
+import pytest
+
+from spo_kernels._checks import triton_interpreter_on
+
+pytest.importorskip("triton")
+if triton_interpreter_on():
+    pytest.skip("needs TRITON_INTERPRET=0 (make test runs it so)", allow_module_level=True)
+
+from spo_kernels.kernels import aot
+from spo_kernels.kernels.tiles import TILES
+
+# everything at once (softcap, bias, LoRA, all statistics) may spill this much, nothing else at all
+EVERYTHING_STACK_BYTES = 64
+
+
+def check(row: aot.AotRow) -> None:
+    ceiling = EVERYTHING_STACK_BYTES if row.tile.endswith("everything") else 0
+    assert row.stack_bytes <= ceiling, row
+    assert row.spill_bytes == 0, row
+    assert row.shared_bytes <= row.shared_limit_bytes, row
+    assert row.registers <= 255, row
+    if "_logits_" in row.kernel or "prob_fwd" in row.kernel:
+        if "bf16" in row.tile:
+            expected = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}[row.arch]
+            assert row.instruction == expected, row
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_small_kernels(arch):
+    """The kernels without a tile row: rows, kept exponentials, preference and degree losses."""
+    for name in ("reduce", "rescale", "direction", "exps", "preference_loss", "degree_loss"):
+        rows = aot.report(archs=(arch,), kernels=name)
+        assert rows, name
+        for row in rows:
+            check(row)
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("kernel", ["linear_logprob_fwd", "linear_logprob_bwd_logits"])
+def test_tile_rows(arch, kernel):
+    """Every row of the tile table under the switches TRL's DPO trainer asks for."""
+    variant = "dpo+exps" if kernel.endswith("fwd") else "capped"
+    rows = aot.report(archs=(arch,), kernels=kernel, variant=variant)
+    kind = "fwd" if kernel.endswith("fwd") else "bwd"
+    classes = {arch, "small"} if arch == "sm_80" else {arch}
+    assert len(rows) == sum(key[0] == kind and key[1] in classes for key in TILES)
+    for row in rows:
+        check(row)
+
+
+@pytest.mark.soak
+def test_every_variant():
+    """The whole report of ``spo-kernels aot``; minutes."""
+    for row in aot.report():
+        check(row)
+
+
+def test_unknown_arch():
+    with pytest.raises(ValueError, match="aot: archs must be among sm_80, .*, got sm_12"):
+        aot.report(archs=("sm_12",))

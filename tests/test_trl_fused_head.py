@@ -1,0 +1,170 @@
+"""The fused head against TRL's own: architectures, experts, empty batches, sharded heads."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models import cohere, gemma2, granite, llama, mixtral
+from trl.trainer import dpo_trainer
+from trl.trainer import utils as trl_utils
+
+from spo_kernels.integrations import fused_head
+from spo_kernels.integrations.degree_head import DegreeHead
+from spo_kernels.integrations.fused_head import (
+    FusedHeadSettings,
+    add_fused_lm_head,
+    fused_heads_installed_by_dpo_trainer,
+)
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS = {
+    "llama": llama.LlamaConfig(**SHAPE),
+    "llama_tied": llama.LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "softcap": gemma2.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=0.5),
+    "logit_scale": cohere.CohereConfig(**SHAPE, logit_scale=0.25),
+    "logits_scaling": granite.GraniteConfig(**SHAPE, logits_scaling=4.0),
+    "experts": mixtral.MixtralConfig(
+        **SHAPE, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1
+    ),
+}
+OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+SETTINGS = FusedHeadSettings()
+
+
+def make_model(name: str):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]))
+    for parameter in model.parameters():
+        # peaked enough for the softcap to matter
+        parameter.data.mul_(3.0)
+    return model
+
+
+def make_batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 61, (4, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(torch.arange(9) < 3, -100).masked_fill(mask == 0, -100)
+    labels[3] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_agrees_with_trl(name):
+    ours, theirs = make_model(name), make_model(name)
+    add_fused_lm_head(ours, OUTPUTS, settings=SETTINGS)
+    trl_utils.add_fused_lm_head(theirs, outputs=OUTPUTS)
+    batch = make_batch()
+    outputs = [model(**batch, fused_lm_head=True) for model in (ours, theirs)]
+    assert isinstance(outputs[0], trl_utils.FusedCausalLMOutput)
+    for field in (*OUTPUTS, "loss", "label_mask", "aux_loss"):
+        found, expected = (getattr(output, field) for output in outputs)
+        if expected is None:
+            assert found is None, field
+        else:
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5, msg=field)
+    for output in outputs:
+        (output.loss + output.entropy.sum()).backward()
+    for (parameter_name, found), expected in zip(
+        ours.named_parameters(), theirs.parameters(), strict=True
+    ):
+        torch.testing.assert_close(
+            found.grad, expected.grad, atol=2e-5, rtol=1e-3, msg=parameter_name
+        )
+    # any other call is the model's own
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(ours(**plain).logits, theirs(**plain).logits)
+
+
+def test_views_are_not_scored():
+    """Rows past the labels' take part in the degree loss only, not in the router loss either."""
+    model = make_model("experts")
+    model.spo_degree_head = DegreeHead(32, 3)
+    torch.nn.init.normal_(model.spo_degree_head.weight)
+    add_fused_lm_head(model, OUTPUTS, settings=SETTINGS)
+    batch = make_batch()
+    alone = model(**batch, fused_lm_head=True)
+    wide = {name: torch.cat((batch[name], batch[name][:2])) for name in batch if name != "labels"}
+    degree_inputs = {
+        "removal_levels": torch.tensor([1, 0, 2, 0, 0, 0], dtype=torch.int8),
+        "segment_offsets": torch.tensor([0, 2, 4, 5, 6]),
+        "view_order": torch.tensor([0, 4, 1, 5, 2, 3]),
+        "completion_mask": wide["attention_mask"],
+    }
+    output = model(**wide, labels=batch["labels"], fused_lm_head=True, degree_inputs=degree_inputs)
+    for field in ("log_probs", "entropy", "loss", "aux_loss"):
+        torch.testing.assert_close(getattr(output, field), getattr(alone, field))
+    assert output.degree_counted_views.tolist() == [2, 2, 0, 0]
+    assert output.degree_view_mask.tolist()[:2] == [[True, True, False], [True, False, True]]
+    assert alone.degree_losses is None
+
+
+def test_nothing_to_score():
+    """A batch without labels and key content gives zeros that are connected to every parameter."""
+    model = make_model("llama")
+    model.spo_degree_head = DegreeHead(32, 3)
+    add_fused_lm_head(model, settings=SETTINGS)
+    batch = make_batch()
+    batch["labels"][:] = -100
+    degree_inputs = {
+        "removal_levels": torch.full((4, 9), -1, dtype=torch.int8),
+        "segment_offsets": torch.arange(5) * 9,
+    }
+    output = model(**batch, fused_lm_head=True, degree_inputs=degree_inputs, scored_rows=0)
+    loss = output.log_probs.sum() + output.degree_losses.sum()
+    assert loss.item() == 0.0
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_installed_and_undone():
+    original = dpo_trainer.add_fused_lm_head
+    with pytest.raises(KeyError), fused_heads_installed_by_dpo_trainer(SETTINGS):
+        assert dpo_trainer.add_fused_lm_head is not original
+        raise KeyError
+    assert dpo_trainer.add_fused_lm_head is original
+
+
+def test_zero3_gathers_once_each_way(monkeypatch):
+    """ZeRO-3 empties the weight between forward and backward, whatever the number of rows."""
+    whole = torch.randn(61, 32)
+    weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    weight.ds_status = "partitioned"
+    gathers = []
+
+    @contextmanager
+    def gathered(*parameters):
+        gathers.append(len(parameters))
+        weight.data = whole.clone()
+        yield
+        weight.data = torch.empty(0)
+
+    monkeypatch.setattr(fused_head, "maybe_gather_lm_head_ctx", gathered)
+    monkeypatch.setattr(fused_head, "is_deepspeed_zero3_enabled", lambda: True)
+    for rows in (5, 1, 0):
+        gathers.clear()
+        hidden = torch.randn(6, 32, requires_grad=True)
+        labels = torch.arange(6).masked_fill(torch.arange(6) >= rows, -100)
+        with fused_head._whole_head(weight, None) as (full, bias):
+            logps = fused_head.linear_logprob(hidden, full, labels, strategy="recompute").logps
+        assert bias is None and weight.numel() == 0
+        logps.sum().backward()
+        assert len(gathers) == 2
+        copy_of_hidden = hidden.detach().requires_grad_()
+        expected = (copy_of_hidden @ whole.T).log_softmax(-1)[range(rows), range(rows)]
+        expected.sum().backward()
+        torch.testing.assert_close(hidden.grad, copy_of_hidden.grad)

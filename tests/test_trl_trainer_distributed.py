@@ -1,0 +1,198 @@
+"""Two gloo processes: DDP trains like one process, FSDP2 gives the unsharded gradients.
+
+The file is its own worker: each test starts it twice with the name of a scenario.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import SequentialSampler
+from trl.trainer.utils import _find_free_port
+from trl_tiny import Tiny, arguments, history
+
+from spo_kernels.integrations import SPOTrainer
+from spo_kernels.integrations.degree_head import DegreeHead
+from spo_kernels.integrations.fused_head import FusedHeadSettings, add_fused_lm_head
+from spo_kernels.integrations.head_checkpoint import load_head, save_head
+
+STEPS = 3
+
+
+class InOrder(SPOTrainer):
+    """Takes the rows in order, so that each process knows which it gets."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+def rows_of(tiny: Tiny) -> Dataset:
+    """Every second pair, and so every batch of the second process, has no key content."""
+    empty = {side: [{"role": "assistant", "content": "It is."}] for side in ("chosen", "rejected")}
+    return Dataset.from_list(
+        [{**row, **(empty if i % 2 else {})} for i, row in enumerate(tiny.rows)]
+    )
+
+
+def train(tiny: Tiny, folder: Path, *, batch_size: int, wrap=None, **settings) -> SPOTrainer:
+    trainer = InOrder(
+        model=tiny.path,
+        args=arguments(
+            folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=batch_size,
+            logging_steps=STEPS,
+            **settings,
+        ),
+        train_dataset=rows_of(tiny),
+        processing_class=tiny.tokenizer,
+    )
+    if wrap is not None:
+        trainer.data_collator = wrap(trainer.data_collator)
+    trainer.train()
+    return trainer
+
+
+def result_of(trainer: SPOTrainer) -> dict:
+    names = ("alignment_loss", "degree_loss", "degree_accuracy", "degree_chance", "no_key_content")
+    metrics = {name: history(trainer, f"spo/{name}")[-1] for name in names}
+    return {"metrics": metrics, "state": dict(trainer.model.state_dict())}
+
+
+def assert_equal_across_ranks(state: dict[str, torch.Tensor]) -> None:
+    for name, value in state.items():
+        both = [torch.empty_like(value) for _ in range(2)]
+        dist.all_gather(both, value.contiguous())
+        assert torch.equal(both[0], both[1]), name
+
+
+def ddp(folder: Path) -> None:
+    tiny = Tiny(folder / f"rank{os.environ['RANK']}")
+    for view in ("hidden", "text"):
+        result = result_of(train(tiny, folder / "ddp", batch_size=1, view=view))
+        assert_equal_across_ranks(result["state"])
+        torch.save(result, folder / f"{view}-{dist.get_rank()}.pt")
+
+    def masked_on_one_rank(collate):
+        def masked(examples):
+            batch = collate(examples)
+            if dist.get_rank() == 1:
+                batch["completion_mask"][:] = 0
+                batch["scored_rows"] = 0
+                batch["removal_levels"][:] = -1
+            return batch
+
+        return masked
+
+    trainer = train(tiny, folder / "ddp", batch_size=1, wrap=masked_on_one_rank)
+    assert_equal_across_ranks(dict(trainer.model.state_dict()))
+    assert history(trainer, "spo/no_key_content") == [0.5]
+
+
+def fsdp(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    # before the group exists, since of a group only the first process would save the model
+    tiny = Tiny(folder / f"rank{rank}")
+    dist.init_process_group("gloo")
+
+    def make():
+        model = tiny.model()
+        model.spo_degree_head = DegreeHead(32, 3)
+        generator = torch.Generator().manual_seed(2)
+        torch.nn.init.normal_(model.spo_degree_head.weight, generator=generator)
+        add_fused_lm_head(model, settings=FusedHeadSettings())
+        return model
+
+    def loss_of(model, seed):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(5, 60, (2, 7), generator=generator)
+        levels = torch.randint(0, 3, (2, 7), generator=generator).to(torch.int8)
+        inputs = {"removal_levels": levels, "segment_offsets": torch.tensor([0, 7, 14])}
+        output = model(input_ids=ids, labels=ids, fused_lm_head=True, degree_inputs=inputs)
+        return output.loss + output.degree_losses.sum()
+
+    plain = make()
+    ((loss_of(plain, seed=0) + loss_of(plain, seed=1)) / 2).backward()
+    for own_group in (False, True):
+        sharded = make()
+        for layer in sharded.model.layers:
+            fully_shard(layer)
+        if own_group:
+            fully_shard(sharded.get_output_embeddings())
+        fully_shard(sharded)
+        assert all(isinstance(p, DTensor) for p in sharded.parameters())
+        loss_of(sharded, seed=rank).backward()
+        for (name, expected), found in zip(
+            plain.named_parameters(), sharded.parameters(), strict=True
+        ):
+            torch.testing.assert_close(found.grad.full_tensor(), expected.grad, msg=name)
+
+    # a sharded head is gathered into one file and scattered again
+    head = sharded.spo_degree_head
+    save_head(head, str(folder), write=rank == 0)
+    dist.barrier()
+    with torch.no_grad():
+        head.weight.zero_()
+    load_head(head, str(folder))
+    assert torch.equal(head.weight.full_tensor(), plain.spo_degree_head.weight)
+
+
+SCENARIOS = {"ddp": ddp, "fsdp": fsdp}
+
+
+def run_two_processes(scenario: str, folder: Path) -> None:
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_find_free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, scenario, str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output[-4000:]
+
+
+@pytest.mark.slow
+def test_ddp_equals_one_process(tmp_path):
+    """One of the processes never sees key content, and in a third run nothing to score either."""
+    run_two_processes("ddp", tmp_path)
+    tiny = Tiny(tmp_path / "one")
+    for view in ("hidden", "text"):
+        expected = result_of(train(tiny, tmp_path / "run", batch_size=2, view=view))
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{view}-{rank}.pt")
+            assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-5)
+            assert found["metrics"]["no_key_content"] == 0.5
+            for name, value in expected["state"].items():
+                torch.testing.assert_close(found["state"][name], value, atol=1e-4, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_fsdp2_gradients(tmp_path):
+    """Faults 28: the LM head in the root's group and in a group of its own."""
+    run_two_processes("fsdp", tmp_path)
+
+
+if __name__ == "__main__":
+    SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
