@@ -65,7 +65,8 @@ class Rows:
     def spread(self, value: torch.Tensor) -> torch.Tensor:
         """Return ``[N]`` row values in the labels' shape, 0 where a row was dropped."""
         if self.index is None:
-            return value.view(self.shape)
+            # a copy: an output must not be a view of what is kept for the backward
+            return value.view(self.shape).clone()
         out = value.new_zeros(self.shape)
         out[self.index] = value
         return out
@@ -129,7 +130,9 @@ def row_coefficients(call: Call, kept: Kept, grads: RowGrads, vocab_size: int) -
     label = g_logps * kept.rest + g_lse * probs
     everywhere = None
     if grads.entropy is not None:
-        label = label - grads.entropy * probs * (logps + kept.entropy)
+        # a label of probability 0 has no part in an entropy
+        term = torch.where(probs == 0, 0.0, probs * (logps + kept.entropy))
+        label = label - grads.entropy * term
     if grads.mean_logits is not None:
         everywhere = grads.mean_logits / vocab_size
         label = label + everywhere

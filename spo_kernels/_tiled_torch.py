@@ -20,7 +20,7 @@ from spo_kernels._call import (
     backward_direction,
     row_coefficients,
 )
-from spo_kernels.planner import TORCH_MIN_ROWS
+from spo_kernels._plan_models import TORCH_MIN_ROWS
 
 _NEG_INF = float("-inf")
 
@@ -126,7 +126,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
             "entropy": lse - (weighted / total)[:m],
             "mean_logits": (plain_sum / V)[:m],
             "log_sum_sq_probs": (torch.log(squares) - 2 * torch.log(total))[:m],
-            "is_top1": first_max[:m] == labels[:m],
+            "is_top1": (first_max[:m] == labels[:m]) & (logps == logps),
         }
         for name in asked:
             out[name][part] = values[name]

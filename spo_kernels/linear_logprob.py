@@ -62,6 +62,8 @@ def linear_logprob(
     softmax statistics are taken from the accumulator. Ignored positions are dropped before any
     product and read 0. Results are bit-for-bit repeatable, and the same row gives the same log-prob
     whatever the strategy, the budget or the rows beside it. ``plan_linear_logprob`` chooses how.
+    A gradient that arrives at the entropy of a ``direction`` plan costs a further pass and its
+    workspace, 64 MiB + (4 + itemsize) NH; force ``resident`` or ``recompute`` if you use one.
 
     Args:
         hidden: ``[..., H]`` bf16/fp16/fp32 (fp64 on the torch backend), any strides.
@@ -86,7 +88,8 @@ def linear_logprob(
     Gradients: hidden, weight, bias, a_out, b through logps, entropy, logsumexp, mean_logits. Not
         differentiable: labels, is_top1, log_sum_sq_probs; no double backward.
     Raises: ValueError (shape, range, device, budget), TypeError (dtype), IndexError (a label
-        outside [0, V)), NotImplementedError (a strategy or backend that cannot).
+        outside [0, V)), RuntimeError (an empty, sharded weight; double backward),
+        NotImplementedError (a strategy or backend that cannot).
     Source: the ``direction`` identity d logp / dh = W_y - sum_v p_v W_v is ours; recomputing tiles
         as in Wijmans et al. 2024, arXiv:2411.09009. Differs from it by: logits in fp32, no
         gradient filter, a byte budget.
@@ -128,6 +131,7 @@ def linear_logprob(
         lora_rank=0 if lora_b is None else lora_b.shape[1],
         softcap=softcap,
         gathered=rows.index is not None,
+        hidden_dtype=hidden.dtype,
         head_copied=weight.stride(1) != 1,
         budget_bytes=budget_bytes,
         strategy=strategy,
@@ -271,7 +275,7 @@ def _scored_rows(
         for i in range(hidden.dim() - 2)
     )
     if scored_rows == labels.numel() and flat_view:
-        return Rows(scored_rows, labels.shape, None), labels.reshape(-1).long(), exact
+        return Rows(scored_rows, labels.shape, None), labels.reshape(-1).long().contiguous(), exact
     places = torch.nonzero_static(scored, size=scored_rows, fill_value=0)
     index = tuple(places.t().contiguous().unbind())
     rows = Rows(scored_rows, labels.shape, index)
@@ -295,7 +299,7 @@ def _check(
     floats = (*FLOAT_DTYPES, torch.float64)
     check_dtype(_OP, "hidden", hidden, floats)
     check_dtype(_OP, "labels", labels, (torch.int64, torch.int32))
-    if hidden.dim() < 1 or hidden.dim() != labels.dim() + 1 or hidden.dim() < 2:
+    if hidden.dim() != labels.dim() + 1 or hidden.dim() < 2:
         fail(
             _OP,
             "labels",
@@ -327,6 +331,8 @@ def _check(
         for name, tensor in (("lora a_out", a_out), ("lora b", b)):
             check_tensor(_OP, name, tensor)
         check_shape(_OP, "lora b", b, (V, None), f"[V, r] with V={V}")
+        if b.shape[1] == 0:
+            fail(_OP, "lora b", "have rank r >= 1", 0)
         leading, rank = tuple(hidden.shape[:-1]), b.shape[1]
         check_shape(_OP, "lora a_out", a_out, (*leading, rank), f"{(*leading, rank)}")
         heads["lora a_out"], heads["lora b"] = a_out, b

@@ -8,13 +8,13 @@ forward to backward.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Literal
 
 import torch
 
 from spo_kernels._checks import check_choice, fail
+from spo_kernels._plan_models import MIN_VOCAB_STEP, Sizes, torch_candidates, triton_candidates
 
 Strategy = Literal["score", "direction", "resident", "recompute"]
 STRATEGIES: tuple[Strategy, ...] = ("score", "direction", "resident", "recompute")
@@ -23,18 +23,6 @@ GRAD_INPUTS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 
 _OP = "plan_linear_logprob"
 _MIB = 1 << 20
-# the torch backend walks the vocabulary in steps of this many columns whatever the strategy, so
-# that a row's log-prob never depends on the plan; a row chunk keeps one tile inside the caches
-TORCH_VOCAB_CHUNK = 4096
-_TORCH_SLICE_ELEMENTS = 1 << 22
-TORCH_MIN_ROWS = 16
-# the triton forward finishes a tile in pieces of this many columns, one partial statistic each
-SUB_TILE_V = 32
-_TRITON_MIN_ROWS = 128
-_MIN_VOCAB_STEP = 256
-# a head that must be cast or made contiguous is copied in slices of about this size
-_HEAD_SLICE_BYTES = 32 * _MIB
-HEAD_SLICE_COLUMNS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +115,7 @@ def plan_linear_logprob(
     hidden_size: int,
     vocab_size: int,
     dtype: torch.dtype,
+    hidden_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
     needs_grad: Iterable[str] = ("hidden", "weight"),
     outputs: Iterable[str] = ("logps",),
@@ -150,6 +139,7 @@ def plan_linear_logprob(
         rows: N >= 0, rows scored after ignored positions are dropped.
         hidden_size, vocab_size: H, V >= 1.
         dtype: compute dtype (bf16, fp16, fp32, fp64); under autocast, autocast's.
+        hidden_dtype: dtype of the hidden states when it differs from the compute dtype.
         weight_dtype: dtype of the stored weight when it differs (autocast over an fp32 weight).
         needs_grad: subset of hidden, weight, bias, lora_a, lora_b.
         outputs: subset of logps, entropy, logsumexp, mean_logits, is_top1, log_sum_sq_probs.
@@ -190,7 +180,7 @@ def plan_linear_logprob(
     elif isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes <= 0:
         fail(_OP, "budget_bytes", "be an int > 0", budget_bytes)
 
-    sizes = _Sizes(
+    sizes = Sizes(
         N=rows,
         H=hidden_size,
         V=vocab_size,
@@ -198,8 +188,9 @@ def plan_linear_logprob(
         item=dtype.itemsize,
         weight_item=(weight_dtype or dtype).itemsize,
         needs=frozenset(needs),
-        stats=2 + 3 * len({"entropy", "log_sum_sq_probs", "mean_logits"} & set(asked)),
-        has_entropy="entropy" in asked,
+        stats=2 + len({"entropy", "log_sum_sq_probs", "mean_logits"} & set(asked)),
+        capped=softcap is not None,
+        cast_item=0 if hidden_dtype in (None, dtype) else hidden_dtype.itemsize,
         gathered=gathered,
         kept_item=2 if dtype == torch.bfloat16 else 4,
         head_copied=head_copied or (weight_dtype or dtype) != dtype,
@@ -213,7 +204,7 @@ def plan_linear_logprob(
             )
         allowed = (strategy,)
 
-    model = _torch_candidates if kind == "cpu" else _triton_candidates
+    model = torch_candidates if kind == "cpu" else triton_candidates
     candidates = []
     for name in allowed:
         units = _gemm_units(name, sizes.needs)
@@ -260,31 +251,7 @@ def default_budget_bytes(
     """
     slack = _device_facts(device)[1].slack_bytes
     weight_bytes = 4 * vocab_size * hidden_size if "weight" in tuple(needs_grad) else 0
-    return slack + (4 + itemsize) * rows * (hidden_size + _MIN_VOCAB_STEP) + weight_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    N: int
-    H: int
-    V: int
-    R: int
-    item: int
-    weight_item: int
-    needs: frozenset[str]
-    stats: int
-    has_entropy: bool
-    gathered: bool
-    kept_item: int
-    head_copied: bool
-
-
-def head_slice_columns(vocab_size: int, hidden_size: int, itemsize: int, copied: bool) -> int:
-    """Return how many head rows the triton backend hands to a kernel at once."""
-    if not copied:
-        return vocab_size
-    columns = _HEAD_SLICE_BYTES // (hidden_size * itemsize) // HEAD_SLICE_COLUMNS
-    return min(vocab_size, max(1, columns) * HEAD_SLICE_COLUMNS)
+    return slack + (4 + itemsize) * rows * (hidden_size + MIN_VOCAB_STEP) + weight_bytes
 
 
 def _device_facts(device: str) -> tuple[str, DeviceFacts]:
@@ -318,128 +285,6 @@ def _gemm_units(strategy: Strategy, needs: frozenset[str]) -> int:
     if strategy == "direction":
         return 1 + ("hidden" in needs)
     return 1 + products + (strategy == "recompute")
-
-
-def _chunk_steps(total: int, least: int, most: int | None = None) -> list[int]:
-    """Return chunk sizes from ``total`` down to ``least`` by quarters, multiples of ``least``."""
-    size = max(least, math.ceil(max(total, 1) / least) * least)
-    if most is not None:
-        size = min(size, most)
-    steps = [size]
-    while size > least:
-        size = max(least, min(size * 3 // 4 // least * least, size - least))
-        steps.append(size)
-    return steps
-
-
-def _pick(steps: list[int], budget: int, peak_of) -> tuple[int, int]:
-    """Return the largest step whose peak fits, or the smallest step, with its peak."""
-    for step in steps:
-        peak = peak_of(step)
-        if peak <= budget:
-            return step, peak
-    return steps[-1], peak_of(steps[-1])
-
-
-def _torch_candidates(strategy: Strategy, s: _Sizes, budget: int):
-    """Yield (row_chunk, vocab_chunk, peak_bytes, bytes_moved) of the torch backend."""
-    item = 8 if s.item == 8 else 4
-    # by H alone, so that one slice of the head stays at 16 MiB
-    chunk = min(TORCH_VOCAB_CHUNK, max(256, _TORCH_SLICE_ELEMENTS // s.H // 256 * 256), s.V)
-    tiles = math.ceil(s.V / chunk)
-    # half inputs are upcast a slice at a time; the next slice is made while the last one lives
-    weight_copy = 2 * chunk * (s.H + s.R) * item if s.weight_item < item else 0
-    head_grads = s.needs & {"weight", "lora_b"}
-
-    def forward(rows: int) -> int:
-        # two tiles, the hidden chunk; the direction's sums, label rows and their product
-        accumulator = 4 * rows * (s.H + s.R) * item if strategy == "direction" else 0
-        return 2 * rows * chunk * item + rows * (s.H + s.R) * 2 * item + weight_copy + accumulator
-
-    def backward(rows: int) -> int:
-        tile = 2 * rows * chunk * item + rows * (s.H + s.R) * 2 * item + weight_copy
-        grad_hidden = s.N * (s.H + s.R) * item if s.needs & {"hidden", "lora_a"} else 0
-        return tile + grad_hidden + (chunk * (s.H + s.R) * item if head_grads else 0)
-
-    kept = 64 * s.N
-    if strategy == "direction":
-        kept += s.N * (s.H + s.R) * item
-    if strategy == "resident":
-        kept += s.N * s.V * min(s.item, item) + 4 * s.N * tiles
-
-    def peak_of(rows: int) -> int:
-        runs_backward = strategy in ("resident", "recompute")
-        return kept + max(forward(rows), backward(rows) if runs_backward else 0)
-
-    rows, peak = _pick(_chunk_steps(s.N, TORCH_MIN_ROWS, 1024), budget, peak_of)
-    passes = max(1, math.ceil(s.N / rows))
-    element = s.N * s.V * item
-    moved = passes * s.V * s.H * s.weight_item + 3 * element
-    if strategy == "resident":
-        moved += 2 * s.N * s.V * min(s.item, item) + 2 * element
-    if strategy == "recompute":
-        moved += s.V * s.H * s.weight_item + 4 * element
-    yield rows, chunk, peak, moved
-
-
-def _triton_candidates(strategy: Strategy, s: _Sizes, budget: int):
-    """Yield (row_chunk, vocab_chunk, peak_bytes, bytes_moved) of the triton backend."""
-    width = s.H + s.R
-    tiles = math.ceil(s.V / SUB_TILE_V)
-    padded_v = math.ceil(s.V / 8) * 8
-    kept = 64 * s.N
-    weight_pass = s.V * width * s.item
-    cast = 0
-    if s.head_copied:
-        cast = head_slice_columns(s.V, s.H, s.item, True) * width * s.item
-
-    def partials(rows: int) -> int:
-        gather = rows * width * s.item if s.gathered else 0
-        # one partial each per tile, and the reduction's row vectors
-        return rows * tiles * 4 * (s.stats + 1) + 64 * rows + gather
-
-    if strategy in ("score", "direction"):
-        if strategy == "direction":
-            kept += s.N * width * s.kept_item + 8 * s.N
-
-        def peak_of(rows: int) -> int:
-            tile = rows * padded_v * s.item + rows * width * 4 if strategy == "direction" else 0
-            return kept + cast + partials(rows) + tile
-
-        rows, peak = _pick(_chunk_steps(s.N, _TRITON_MIN_ROWS, 8192), budget, peak_of)
-        passes = max(1, math.ceil(s.N / rows))
-        moved = passes * weight_pass * (2 if strategy == "direction" else 1)
-        if strategy == "direction":
-            moved += 2 * s.N * s.V * s.item
-        yield rows, s.V, peak, moved
-        return
-
-    # vocab chunk outer, all rows inner: one slice of grad_weight is one product over all rows
-    row_steps = _chunk_steps(s.N, _TRITON_MIN_ROWS, 8192)
-    all_hidden = s.N * width * s.item if s.gathered else 0
-    grad_hidden = s.N * width * 4 if s.needs & {"hidden", "lora_a"} else 0
-    if strategy == "resident":
-        kept += s.N * padded_v * s.kept_item + 4 * s.N * tiles
-    forward_rows = row_steps[-1]
-    for rows in row_steps:
-        forward_rows = rows
-        if kept + cast + partials(rows) <= budget:
-            break
-    forward_peak = kept + cast + partials(forward_rows)
-    for vocab_chunk in _chunk_steps(s.V, _MIN_VOCAB_STEP):
-        scratch = s.N * min(vocab_chunk, padded_v) * s.item
-        slice_grad = min(vocab_chunk, s.V) * width * 4 if s.needs & {"weight", "lora_b"} else 0
-        peak = max(forward_peak, kept + cast + all_hidden + grad_hidden + scratch + slice_grad)
-        chunks = math.ceil(s.V / vocab_chunk)
-        element = s.N * s.V * s.item
-        products = len(s.needs & {"hidden", "weight"})
-        moved = 2 * weight_pass + element * (1 + products)
-        moved += chunks * s.N * width * (s.item * products + 8 * bool(grad_hidden))
-        if strategy == "resident":
-            moved += 2 * element
-        yield forward_rows, vocab_chunk, peak, moved
-        if peak <= budget:
-            return
 
 
 def _human(size: int) -> str:

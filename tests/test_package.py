@@ -24,6 +24,7 @@ LAYERS = {
     0: {"_checks", "key_content", "loss_table"},
     1: {
         "_call",
+        "_plan_models",
         "planner",
         "reference",
         "reference_losses",

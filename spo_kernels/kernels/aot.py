@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from spo_kernels._plan_models import SUB_TILE_V
 from spo_kernels.kernels import (
     degree_loss,
     degree_loss_bwd,
@@ -28,7 +29,6 @@ from spo_kernels.kernels import (
 )
 from spo_kernels.kernels.tiles import TILES, Tile
 from spo_kernels.loss_table import LOSS_TYPES, Parameters
-from spo_kernels.planner import SUB_TILE_V
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 # shared memory one block may use
@@ -114,6 +114,7 @@ class _Case:
     num_stages: int
     shared_limit_bytes: int
     fp_fusion: bool = True
+    unaligned: bool = False
 
 
 def report(archs: tuple[str, ...] = ARCHS, kernels: str = "", variant: str = "") -> list[AotRow]:
@@ -168,6 +169,7 @@ def _cases(archs: tuple[str, ...]) -> Iterator[_Case]:
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 shared_limit_bytes=limit,
+                unaligned=loads == "pointer" and (kind, arch_class, dtype_class, "tma") in TILES,
             )
     for arch in archs:
         for kernel, label, constexprs, num_stages in _small_kernels():
@@ -268,15 +270,11 @@ def _signature(
 
 
 def _compile(case: _Case) -> AotRow:
-    # what a launch finds divisible by 16 in every real call: pointers, H, padded row strides
-    divisible = {
-        "H",
-        "ROWS",
-        "stride_hidden_n",
-        "stride_weight_v",
-        "stride_exps_n",
-        "stride_grad_n",
-    }
+    # what a launch finds divisible by 16: pointers and padded strides, and H and the row strides
+    # but for the half rows that exist because those are not
+    divisible = {"ROWS", "stride_exps_n", "stride_grad_n"}
+    if not case.unaligned:
+        divisible |= {"H", "stride_hidden_n", "stride_weight_v"}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(case.signature.items())

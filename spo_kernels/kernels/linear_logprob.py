@@ -223,8 +223,9 @@ def linear_logprob_fwd(
     tiles = cdiv(n, tile.block_n) * cdiv(V, tile.block_v)
     # pointers a switch turns off still need a tensor of the right dtype
     nothing = parts["max"]
+    programs = min(tiles, program_count(hidden.device) * tile.programs_per_sm)
     with device_guard(hidden):
-        _linear_logprob_fwd_kernel[(min(tiles, program_count(hidden.device)),)](
+        _linear_logprob_fwd_kernel[(programs,)](
             hidden=operand(hidden, tile.block_n, tile),
             weight=operand(weight, tile.block_v, tile),
             bias_ptr=hidden if bias is None else bias,

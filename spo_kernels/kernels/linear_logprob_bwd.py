@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spo_kernels._plan_models import SUB_TILE_V
 from spo_kernels.kernels.device import cdiv, device_guard, program_count, round_to
 from spo_kernels.kernels.logits_tile import (
     FP16_GAIN,
@@ -25,7 +26,6 @@ from spo_kernels.kernels.logits_tile import (
     transform,
 )
 from spo_kernels.kernels.tiles import Tile
-from spo_kernels.planner import SUB_TILE_V
 
 
 @triton.jit
@@ -239,11 +239,11 @@ def linear_logprob_bwd_logits(
     """
     n, H = hidden.shape
     V = weight.shape[0]
-    # the label entry holds its softcap already, and a scale of z folds into outer
     tiles = cdiv(n, tile.block_n) * cdiv(V, tile.block_v)
     nothing = vectors["on_p"]
+    programs = min(tiles, program_count(hidden.device) * tile.programs_per_sm)
     with device_guard(hidden):
-        _linear_logprob_bwd_logits_kernel[(min(tiles, program_count(hidden.device)),)](
+        _linear_logprob_bwd_logits_kernel[(programs,)](
             hidden=operand(hidden, tile.block_n, tile),
             weight=operand(weight, tile.block_v, tile),
             bias_ptr=hidden if bias is None else bias,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spo_kernels._plan_models import SUB_TILE_V
 from spo_kernels.kernels.device import cdiv, device_guard, round_to
 from spo_kernels.kernels.logits_tile import (
     ENTROPY,
@@ -23,10 +24,10 @@ from spo_kernels.kernels.logits_tile import (
     SQUARES,
     TOP1,
 )
-from spo_kernels.planner import SUB_TILE_V
 
 
-@triton.jit
+# N must not pick the layout of the sums: a row's bits may not depend on the rows beside it
+@triton.jit(do_not_specialize=["N"])
 def _linear_logprob_reduce_kernel(
     part_max_ptr,  # [S, N] fp32
     part_sum_ptr,  # [S, N] fp32
@@ -109,7 +110,8 @@ def _linear_logprob_reduce_kernel(
     if (MEAN & STATS) != 0:
         tl.store(mean_ptr + offs_n, acc_plain / V, mask=mask_n)
     if (TOP1 & STATS) != 0:
-        tl.store(is_top1_ptr + offs_n, (beaten == 0) & (place >= 0), mask=mask_n)
+        wins = (beaten == 0) & (place >= 0) & (logps == logps)
+        tl.store(is_top1_ptr + offs_n, wins, mask=mask_n)
     if WRITE_EXP == ROW_REFERENCE:
         tl.store(row_max_ptr + offs_n, row_max, mask=mask_n)
         reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)

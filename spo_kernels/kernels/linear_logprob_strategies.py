@@ -16,13 +16,13 @@ from spo_kernels._call import (
     backward_direction,
     row_coefficients,
 )
+from spo_kernels._plan_models import SUB_TILE_V, head_slice_columns
 from spo_kernels.kernels import linear_logprob as fwd
 from spo_kernels.kernels import linear_logprob_bwd as bwd
 from spo_kernels.kernels import linear_logprob_rows as row_kernels
 from spo_kernels.kernels import logits_tile
 from spo_kernels.kernels.device import arch_of, cdiv, shared_bytes
 from spo_kernels.kernels.tiles import Tile, tile_for
-from spo_kernels.planner import SUB_TILE_V, head_slice_columns
 
 # scratch of the pass that an unplanned entropy gradient costs `direction`
 _FALLBACK_BYTES = 64 << 20
@@ -110,6 +110,8 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
                         slope=call.slope,
                         compute_dtype=call.compute_dtype,
                     )
+        # the next chunk's partials must not be made beside these
+        del parts, reference, chunk, hidden, lora_a
     kept = Kept(
         target_logit=target_logit,
         logsumexp=out["logsumexp"],
@@ -200,10 +202,15 @@ def backward(
                 _add_product(sums[name], grad, matrix)
         for name in ("weight", "bias", "lora_b"):
             if name in need:
-                value = _product(grad.t(), right[name]) * largest
+                value = _product(grad.t(), right[name]).mul_(largest)
                 out[name][v0:v1] = value.squeeze(1) if name == "bias" else value
+                del value
     for name, value in sums.items():
-        rows.put(out[name], 0, N, value.mul_(row_scale[:, None]))
+        value.mul_(row_scale[:, None])
+        # a whole cast copy would be one more [N, H]
+        for start in range(0, N, call.row_chunk):
+            stop = min(start + call.row_chunk, N)
+            rows.put(out[name], start, stop, value[start:stop])
     return out
 
 
@@ -221,10 +228,12 @@ class _Head:
 
     def slice(self, v0: int, v1: int):
         """Return (weight, bias, lora_b) rows ``v0:v1``, each last-axis contiguous."""
-        return tuple(
+        weight, bias, lora_b = (
             None if tensor is None else self._ready(tensor[v0:v1])
             for tensor in (self.inputs.weight, self.inputs.bias, self.inputs.lora_b)
         )
+        # the kernels read LoRA factors with a row stride of r
+        return weight, bias, None if lora_b is None else lora_b.contiguous()
 
     def slices(self):
         """Yield (v0, weight, bias, lora_b) over the vocabulary."""
@@ -325,10 +334,14 @@ def _vectors(
         linear["everywhere"] = rows.everywhere
     row_scale = torch.ones_like(rows.on_p)
     if call.compute_dtype == torch.float16:
-        # fp16 would flush a small upstream gradient, so each row is brought to the range of 1
-        largest = torch.stack([value.abs() for value in linear.values()]).amax(0)
+        # fp16 would flush small entries, so each row's bound is brought to 1024; p (log p +
+        # entropy) is at most log V < 16
+        slopes = {"on_label": 1.0, "g_entropy": 16.0 * call.slope}
+        bounds = [value.abs() * slopes.get(name, call.slope) for name, value in linear.items()]
+        largest = torch.stack(bounds).amax(0)
         _, exponent = torch.frexp(largest)
-        row_scale = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
+        scale = torch.ldexp(torch.ones_like(largest), exponent - 10)
+        row_scale = torch.where(largest > 0, scale, 1.0)
         linear = {name: value / row_scale for name, value in linear.items()}
     vectors = {name: value.contiguous() for name, value in linear.items()}
     vectors["logsumexp"] = kept.logsumexp
@@ -365,7 +378,10 @@ def _rows_of(call: Call, rows: Rows, inputs: Inputs, start: int, stop: int):
 
 def _tile(kernel: str, call: Call, hidden: torch.Tensor, weight: torch.Tensor) -> Tile:
     aligned = all(
-        tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+        and tensor.stride(1) == 1
+        and tensor.stride(0) >= tensor.shape[1]
         for tensor in (hidden, weight)
     )
     device = hidden.device

@@ -9,7 +9,7 @@ import dataclasses
 
 import torch
 
-from spo_kernels.planner import SUB_TILE_V
+from spo_kernels._plan_models import SUB_TILE_V
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Tile:
     num_warps: int
     num_stages: int
     tma: bool = False
+    programs_per_sm: int = 1
     block_r: int = 16
     group_n: int = 8
 
@@ -32,28 +33,31 @@ class Tile:
 
 
 # (kernel, architecture class, dtype class, loads). "tma" rows need 16-byte aligned rows, "pointer"
-# rows take anything; the tile itself is the same, so are the bits.
+# rows take anything.
+# a half row that is not aligned is rare and loads element by element: a small tile does not spill
+_UNALIGNED = Tile(64, 128, 32, 4, 3, programs_per_sm=2)
+_FLOAT = Tile(64, 64, 16, 4, 2, programs_per_sm=4)
 TILES: dict[tuple[str, str, str, str], Tile] = {
     ("fwd", "sm_80", "half", "pointer"): Tile(128, 256, 32, 8, 3),
-    ("fwd", "sm_90", "half", "pointer"): Tile(128, 256, 64, 8, 3),
+    ("fwd", "sm_90", "half", "pointer"): _UNALIGNED,
     ("fwd", "sm_90", "half", "tma"): Tile(128, 256, 64, 8, 3, tma=True),
-    ("fwd", "sm_100", "half", "pointer"): Tile(128, 128, 64, 4, 3),
-    ("fwd", "sm_100", "half", "tma"): Tile(128, 128, 64, 4, 3, tma=True),
-    ("fwd", "small", "half", "pointer"): Tile(64, 128, 32, 4, 3),
-    ("fwd", "sm_80", "float", "pointer"): Tile(64, 64, 16, 4, 2),
-    ("fwd", "sm_90", "float", "pointer"): Tile(64, 64, 16, 4, 2),
-    ("fwd", "sm_100", "float", "pointer"): Tile(64, 64, 16, 4, 2),
-    ("fwd", "small", "float", "pointer"): Tile(64, 64, 16, 4, 2),
+    ("fwd", "sm_100", "half", "pointer"): _UNALIGNED,
+    ("fwd", "sm_100", "half", "tma"): Tile(128, 128, 64, 4, 3, tma=True, programs_per_sm=2),
+    ("fwd", "small", "half", "pointer"): Tile(64, 128, 32, 4, 3, programs_per_sm=2),
+    ("fwd", "sm_80", "float", "pointer"): _FLOAT,
+    ("fwd", "sm_90", "float", "pointer"): _FLOAT,
+    ("fwd", "sm_100", "float", "pointer"): _FLOAT,
+    ("fwd", "small", "float", "pointer"): _FLOAT,
     ("bwd", "sm_80", "half", "pointer"): Tile(128, 128, 32, 8, 3),
-    ("bwd", "sm_90", "half", "pointer"): Tile(128, 128, 64, 8, 3),
-    ("bwd", "sm_90", "half", "tma"): Tile(128, 128, 64, 8, 3, tma=True),
-    ("bwd", "sm_100", "half", "pointer"): Tile(128, 128, 64, 4, 3),
-    ("bwd", "sm_100", "half", "tma"): Tile(128, 128, 64, 4, 3, tma=True),
-    ("bwd", "small", "half", "pointer"): Tile(64, 128, 32, 4, 3),
-    ("bwd", "sm_80", "float", "pointer"): Tile(64, 64, 16, 4, 2),
-    ("bwd", "sm_90", "float", "pointer"): Tile(64, 64, 16, 4, 2),
-    ("bwd", "sm_100", "float", "pointer"): Tile(64, 64, 16, 4, 2),
-    ("bwd", "small", "float", "pointer"): Tile(64, 64, 16, 4, 2),
+    ("bwd", "sm_90", "half", "pointer"): _UNALIGNED,
+    ("bwd", "sm_90", "half", "tma"): Tile(128, 128, 64, 8, 3, tma=True, programs_per_sm=2),
+    ("bwd", "sm_100", "half", "pointer"): _UNALIGNED,
+    ("bwd", "sm_100", "half", "tma"): Tile(128, 128, 64, 4, 3, tma=True, programs_per_sm=2),
+    ("bwd", "small", "half", "pointer"): Tile(64, 128, 32, 4, 3, programs_per_sm=2),
+    ("bwd", "sm_80", "float", "pointer"): _FLOAT,
+    ("bwd", "sm_90", "float", "pointer"): _FLOAT,
+    ("bwd", "sm_100", "float", "pointer"): _FLOAT,
+    ("bwd", "small", "float", "pointer"): _FLOAT,
 }
 
 # devices such as sm_86, sm_89 and sm_120 have about 99 KiB of shared memory a block

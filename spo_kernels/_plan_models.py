@@ -1,0 +1,181 @@
+"""Workspace and traffic models of each strategy: what the planner ranks.
+
+Peaks count what a call allocates beyond inputs, row outputs and returned gradients.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+# the torch backend walks the vocabulary in steps of this many columns whatever the strategy, so
+# that a row's log-prob never depends on the plan; a row chunk keeps one tile inside the caches
+TORCH_VOCAB_CHUNK = 4096
+_TORCH_SLICE_ELEMENTS = 1 << 22
+TORCH_MIN_ROWS = 16
+# the triton forward finishes a tile in pieces of this many columns, one partial statistic each
+SUB_TILE_V = 32
+_TRITON_MIN_ROWS = 128
+MIN_VOCAB_STEP = 256
+# a head that must be cast or made contiguous is copied in slices of about this size
+_HEAD_SLICE_BYTES = 32 << 20
+HEAD_SLICE_COLUMNS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the models need of a call; ``item`` sizes are bytes an element."""
+
+    N: int
+    H: int
+    V: int
+    R: int
+    item: int
+    weight_item: int
+    needs: frozenset[str]
+    stats: int
+    capped: bool
+    cast_item: int
+    gathered: bool
+    kept_item: int
+    head_copied: bool
+
+
+def head_slice_columns(vocab_size: int, hidden_size: int, itemsize: int, copied: bool) -> int:
+    """Return how many head rows the triton backend hands to a kernel at once."""
+    if not copied:
+        return vocab_size
+    columns = _HEAD_SLICE_BYTES // (hidden_size * itemsize) // HEAD_SLICE_COLUMNS
+    return min(vocab_size, max(1, columns) * HEAD_SLICE_COLUMNS)
+
+
+def _chunk_steps(total: int, least: int, most: int | None = None) -> list[int]:
+    """Return chunk sizes from ``total`` down to ``least`` by quarters, multiples of ``least``."""
+    size = max(least, math.ceil(max(total, 1) / least) * least)
+    if most is not None:
+        size = min(size, most)
+    steps = [size]
+    while size > least:
+        size = max(least, min(size * 3 // 4 // least * least, size - least))
+        steps.append(size)
+    return steps
+
+
+def _pick(steps: list[int], budget: int, peak_of) -> tuple[int, int]:
+    """Return the largest step whose peak fits, or the smallest step, with its peak."""
+    for step in steps:
+        peak = peak_of(step)
+        if peak <= budget:
+            return step, peak
+    return steps[-1], peak_of(steps[-1])
+
+
+def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (row_chunk, vocab_chunk, peak_bytes, bytes_moved) of the torch backend."""
+    item = 8 if s.item == 8 else 4
+    # by H alone, so that one slice of the head stays at 16 MiB
+    chunk = min(TORCH_VOCAB_CHUNK, max(256, _TORCH_SLICE_ELEMENTS // s.H // 256 * 256), s.V)
+    tiles = math.ceil(s.V / chunk)
+    # half inputs are upcast a slice at a time; the next slice is made while the last one lives
+    weight_copy = 2 * chunk * (s.H + s.R) * item if s.weight_item < item else 0
+    head_grads = s.needs & {"weight", "lora_b"}
+
+    # logits and exponentials, the softcap's slope, what is about to be kept
+    tile_count = 2 + 2 * s.capped + (strategy == "resident")
+
+    def forward(rows: int) -> int:
+        # the tiles, the hidden chunk; the direction's sums, label rows and their product
+        accumulator = 4 * rows * (s.H + s.R) * item if strategy == "direction" else 0
+        hidden = rows * (s.H + s.R) * 2 * item
+        return tile_count * rows * chunk * item + hidden + weight_copy + accumulator
+
+    def backward(rows: int) -> int:
+        hidden = rows * (s.H + s.R) * 2 * item
+        tile = (2 + s.capped) * rows * chunk * item + hidden + weight_copy
+        grad_hidden = s.N * (s.H + s.R) * item if s.needs & {"hidden", "lora_a"} else 0
+        return tile + grad_hidden + (chunk * (s.H + s.R) * item if head_grads else 0)
+
+    kept = 64 * s.N
+    if strategy == "direction":
+        kept += s.N * (s.H + s.R) * item
+    if strategy == "resident":
+        kept += s.N * s.V * min(s.item, item) + 4 * s.N * tiles
+
+    def peak_of(rows: int) -> int:
+        runs_backward = strategy in ("resident", "recompute")
+        return kept + max(forward(rows), backward(rows) if runs_backward else 0)
+
+    rows, peak = _pick(_chunk_steps(s.N, TORCH_MIN_ROWS, 1024), budget, peak_of)
+    passes = max(1, math.ceil(s.N / rows))
+    element = s.N * s.V * item
+    moved = passes * s.V * s.H * s.weight_item + 3 * element
+    if strategy == "resident":
+        moved += 2 * s.N * s.V * min(s.item, item) + 2 * element
+    if strategy == "recompute":
+        moved += s.V * s.H * s.weight_item + 4 * element
+    yield rows, chunk, peak, moved
+
+
+def triton_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (row_chunk, vocab_chunk, peak_bytes, bytes_moved) of the triton backend."""
+    width = s.H + s.R
+    tiles = math.ceil(s.V / SUB_TILE_V)
+    padded_v = math.ceil(s.V / 8) * 8
+    kept = 64 * s.N
+    weight_pass = s.V * width * s.item
+    cast = 0
+    if s.head_copied:
+        # the old slice, the cast one and its contiguous copy live side by side for a moment
+        cast = 3 * head_slice_columns(s.V, s.H, s.item, True) * width * s.item
+    # a cast gathers in the tensor's own dtype first
+    row_item = (s.item if s.gathered or s.cast_item else 0) + s.cast_item * s.gathered
+
+    def partials(rows: int) -> int:
+        # one partial each per sub-tile, the reduction's row vectors, the rows themselves
+        return rows * tiles * 4 * s.stats + 64 * rows + rows * width * row_item
+
+    if strategy in ("score", "direction"):
+        if strategy == "direction":
+            kept += s.N * width * s.kept_item + 8 * s.N
+
+        def peak_of(rows: int) -> int:
+            tile = rows * padded_v * s.item + rows * width * 4 if strategy == "direction" else 0
+            return kept + cast + partials(rows) + tile
+
+        rows, peak = _pick(_chunk_steps(s.N, _TRITON_MIN_ROWS, 8192), budget, peak_of)
+        passes = max(1, math.ceil(s.N / rows))
+        moved = passes * weight_pass * (2 if strategy == "direction" else 1)
+        if strategy == "direction":
+            moved += 2 * s.N * s.V * s.item
+        yield rows, s.V, peak, moved
+        return
+
+    # vocab chunk outer, all rows inner: one slice of grad_weight is one product over all rows
+    row_steps = _chunk_steps(s.N, _TRITON_MIN_ROWS, 8192)
+    all_hidden = s.N * width * row_item
+    if s.kept_item > s.item:
+        # fp16 sums the head's gradients against rows scaled by powers of two
+        scaled = s.H * ("weight" in s.needs) + s.R * ("lora_b" in s.needs)
+        all_hidden += s.N * scaled * s.item
+    grad_hidden = s.N * width * 4 if s.needs & {"hidden", "lora_a"} else 0
+    if strategy == "resident":
+        kept += s.N * padded_v * s.kept_item + 4 * s.N * tiles
+    forward_rows = row_steps[-1]
+    for rows in row_steps:
+        forward_rows = rows
+        if kept + cast + partials(rows) <= budget:
+            break
+    forward_peak = kept + cast + partials(forward_rows)
+    for vocab_chunk in _chunk_steps(s.V, MIN_VOCAB_STEP):
+        scratch = s.N * min(vocab_chunk, padded_v) * s.item
+        slice_grad = min(vocab_chunk, s.V) * width * 4 if s.needs & {"weight", "lora_b"} else 0
+        peak = max(forward_peak, kept + cast + all_hidden + grad_hidden + scratch + slice_grad)
+        chunks = math.ceil(s.V / vocab_chunk)
+        element = s.N * s.V * s.item
+        products = len(s.needs & {"hidden", "weight"})
+        moved = 2 * weight_pass + element * (1 + products)
+        moved += chunks * s.N * width * (s.item * products + 8 * bool(grad_hidden))
+        if strategy == "resident":
+            moved += 2 * element
+        yield forward_rows, vocab_chunk, peak, moved
+        if peak <= budget:
+            return
