@@ -23,6 +23,7 @@ from spo_kernels._call import (
 from spo_kernels._plan_models import TORCH_MIN_ROWS
 
 _NEG_INF = float("-inf")
+_LEAST_LOG_P = -1000.0
 
 
 def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Tensor], Kept]:
@@ -234,8 +235,8 @@ def _gradient_tile(
         grad = p.mul_(rows.on_p[:, None])
     else:
         log_p = torch.log(p) if z is None else z - logsumexp[:, None]
-        # a probability of 0 has no part in an entropy
-        log_p.clamp_(min=torch.finfo(p.dtype).min).add_(rows.entropy[:, None])
+        # where p underflows to 0 any finite value will do, -inf would make NaN
+        log_p.clamp_(min=_LEAST_LOG_P).add_(rows.entropy[:, None])
         log_p.mul_(-rows.g_entropy[:, None]).add_(rows.on_p[:, None])
         grad = p.mul_(log_p)
     if rows.everywhere is not None:

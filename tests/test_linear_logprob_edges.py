@@ -312,6 +312,61 @@ def test_large_offsets_gpu(cuda_device):
     assert torch.allclose(out.logps, expected, atol=1e-3)
 
 
+def test_views_of_labels_and_lora(backend):
+    """Every row scored: strided or expanded labels and a column slice as LoRA b are read right."""
+    name, device = backend
+    case = make_case(rows=12, H=8, V=60, device=device, lora=True, ignored=0.0)
+    wide = torch.randn(60, 9, device=device)
+    hidden, weight, a = (case.tensors[key] for key in ("hidden", "weight", "lora_a"))
+    strided = torch.stack((case.labels, case.labels * 0), 1).flatten()[::2]
+    for labels in (strided, torch.tensor(7, device=device).expand(12)):
+        got = linear_logprob(hidden, weight, labels, lora=(a, wide[:, :5]), backend=name)
+        expected = linear_logprob(
+            hidden, weight, labels.clone(), lora=(a, wide[:, :5].clone()), backend=name
+        )
+        assert torch.equal(got.logps, expected.logps)
+
+
+def test_outputs_are_owned(backend):
+    """An output may be changed in place, and what was kept for the backward is not touched."""
+    name, device = backend
+    case = make_case(rows=6, H=8, V=40, device=device, ignored=0.0, upstream=("entropy",))
+    grads = []
+    for edit in (False, True):
+        hidden = case.tensors["hidden"].clone().requires_grad_()
+        out = linear_logprob(
+            hidden, case.tensors["weight"], case.labels, outputs=("entropy",), backend=name
+        )
+        total = out.entropy.sum()
+        if edit:
+            out.entropy.detach()[0] = 5.0
+            out.entropy[1] = 0.0
+        total.backward()
+        grads.append(hidden.grad)
+    assert torch.equal(*grads)
+
+
+def test_impossible_label(backend):
+    """A label whose logit is -inf: log-prob -inf, and a finite entropy gradient."""
+    name, device = backend
+    case = make_case(
+        rows=5, H=8, V=40, device=device, bias=True, ignored=0.0, upstream=("entropy",)
+    )
+    case.labels[2] = 7
+    case.tensors["bias"][7] = -INF
+    for strategy in ("resident", "recompute"):
+        out, grads = case.evaluate(
+            "op", ("hidden",), outputs=ALL_OUTPUTS, strategy=strategy, backend=name
+        )
+        oracle, oracle_grads = case.evaluate("oracle", ("hidden",))
+        assert out["logps"][2] == -INF and not out["is_top1"][2]
+        assert relative_norm(grads["hidden"], oracle_grads["hidden"]) <= 1e-5
+    case.tensors["hidden"][1] = float("nan")
+    case.labels[1] = 0
+    out, _ = case.evaluate("op", (), outputs=("is_top1",), backend=name)
+    assert not out["is_top1"][1]
+
+
 def test_policy_equals_reference(backend):
     """Fault 32: the same model as policy and as frozen reference has margin exactly 0."""
     name, device = backend
