@@ -92,7 +92,10 @@ def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int
         hidden = rows * (s.H + s.R) * 2 * item
         tile = (2 + s.capped) * rows * chunk * item + hidden + weight_copy
         grad_hidden = s.N * (s.H + s.R) * item if s.needs & {"hidden", "lora_a"} else 0
-        return tile + grad_hidden + (chunk * (s.H + s.R) * item if head_grads else 0)
+        # a slice of the head's gradients is made while the last one lives
+        head = 2 * chunk * (s.H + s.R) * item if head_grads else 0
+        # row chunks of the hidden states do the same
+        return tile + grad_hidden + head + rows * (s.H + s.R) * 2 * item
 
     kept = 64 * s.N
     if strategy == "direction":

@@ -1,0 +1,112 @@
+"""The budget is obeyed: every tensor of a call is counted while it lives, the plan covers it."""
+
+import sys
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from spo_kernels import linear_logprob, plan_linear_logprob
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of the storages made inside the mode and still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs or {}))
+            if isinstance(leaf, torch.Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in given | self.seen:
+                    self.count(storage)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        self.seen.add(key)
+        self.now += size
+
+        def gone():
+            self.seen.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
+
+
+CASES = [
+    ("score", (), {}),
+    ("direction", ("hidden",), {}),
+    ("direction", ("hidden",), {"softcap": 5.0}),
+    ("resident", ("hidden", "weight"), {}),
+    ("recompute", ("hidden", "weight"), {}),
+    ("recompute", ("weight",), {"softcap": 5.0}),
+]
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["all_rows", "gathered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("strategy", "needs", "options"), CASES)
+def test_peak(strategy, needs, options, dtype, ignored, monkeypatch):
+    """What lives at once stays under the plan's peak beside outputs and returned gradients.
+
+    The torch backend; the CUDA allocator measures triton's in test_planner.py (its interpreter
+    copies every argument of a launch, which would be counted here).
+    """
+    rows, H, V = 600, 128, 10_000
+    plans = []
+
+    def recorded(**question):
+        plans.append(plan_linear_logprob(**question))
+        return plans[-1]
+
+    # the package hides the module behind the op of the same name
+    op_module = sys.modules[linear_logprob.__module__]
+    monkeypatch.setattr(op_module, "plan_linear_logprob", recorded)
+    hidden = torch.randn(rows, H).to(dtype).requires_grad_("hidden" in needs)
+    weight = (torch.randn(V, H) / 8).to(dtype).requires_grad_("weight" in needs)
+    labels = torch.randint(0, V, (rows,))
+    if ignored:
+        labels[::50] = -100
+
+    def run(budget):
+        hidden.grad = weight.grad = None
+        with LiveBytes() as live:
+            out = linear_logprob(
+                hidden,
+                weight,
+                labels,
+                strategy=strategy,
+                backend="torch",
+                budget_bytes=budget,
+                **options,
+            )
+            if needs:
+                out.logps.sum().backward()
+        return live.peak
+
+    returned = sum(t.numel() * t.element_size() for t in (hidden, weight) if t.requires_grad)
+    outputs = 64 * rows
+    run(None)
+    least = plans[-1].peak_bytes
+    for budget in (None, least // 2, least // 4):
+        try:
+            peak = run(budget)
+        except ValueError as error:
+            assert "budget_bytes must be at least" in str(error)
+            continue
+        plan = plans[-1]
+        assert plan.peak_bytes <= plan.budget_bytes
+        assert peak <= plan.peak_bytes + returned + outputs, (peak, plan.peak_bytes, returned)
