@@ -6,8 +6,9 @@ call is the model's own.
 """
 
 import functools
+import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,91 +61,101 @@ def fused_heads_installed_by_dpo_trainer(settings: FusedHeadSettings) -> Iterato
     before that method returns.
     """
     original = dpo_trainer.add_fused_lm_head
-    dpo_trainer.add_fused_lm_head = functools.partial(add_fused_lm_head, settings=settings)
+    dpo_trainer.add_fused_lm_head = functools.partial(install_fused_head, settings=settings)
     try:
         yield
     finally:
         dpo_trainer.add_fused_lm_head = original
 
 
-def add_fused_lm_head(
+def install_fused_head(
     model: PreTrainedModel,
     outputs: tuple[str, ...] = ("log_probs",),
     *,
     settings: FusedHeadSettings,
 ) -> None:
-    """Replace ``model.forward`` by one that understands ``fused_lm_head=True``.
+    """Let ``model(..., labels=..., fused_lm_head=True)`` score its labels without logits."""
+    fused = FusedForward(model, outputs, settings)
+
+    def forward(self: PreTrainedModel, *args: Any, **inputs: Any):
+        return fused(*args, **inputs)
+
+    # what generate() may pass is read off the signature
+    forward.__signature__ = inspect.signature(type(model).forward)
+    # engines take a forward apart and bind it again, so it has to be a method
+    model.forward = types.MethodType(forward, model)
+
+
+class FusedForward:
+    """A model's forward that also answers ``fused_lm_head=True``; every other call passes through.
 
     With ``degree_inputs`` (see ``spo_kernels.collator``) the same forward also computes the degree
     loss with the module ``model.spo_degree_head``.
     """
-    original_forward = model.forward
-    text_config = model.config.get_text_config()
-    fields = tuple(_FIELD_OF.get(name, name) for name in outputs)
-    scale = _logit_scale(text_config)
-    softcap = getattr(text_config, "final_logit_softcapping", None)
 
-    # generate() validates its arguments against this signature
-    @functools.wraps(type(model).forward)
-    def forward(
-        self: PreTrainedModel,
+    def __init__(
+        self, model: PreTrainedModel, outputs: tuple[str, ...], settings: FusedHeadSettings
+    ) -> None:
+        config = model.config.get_text_config()
+        self.model = model
+        self.settings = settings
+        self.plain_forward = model.forward
+        self.outputs = tuple(_FIELD_OF.get(name, name) for name in outputs)
+        self.transform = {
+            "logit_scale": _logit_scale(config),
+            "softcap": getattr(config, "final_logit_softcapping", None),
+        }
+
+    def __call__(
+        self,
         *args: Any,
         fused_lm_head: bool = False,
         degree_inputs: dict[str, Any] | None = None,
         scored_rows: int | None = None,
-        **kwargs: Any,
+        **inputs: Any,
     ):
         if not fused_lm_head:
-            return original_forward(*args, **kwargs)
-        labels = kwargs.pop("labels")
-        kwargs["use_cache"] = False
-        if getattr(text_config, "output_router_logits", False):
-            kwargs.setdefault("output_router_logits", True)
-        backbone = self.base_model(*args, **kwargs)
-        head = self.get_output_embeddings()
-        # with a device map the backbone may end on another device than the head
-        hidden = backbone.last_hidden_state.to(head.weight.device)
-        labels = labels[:, 1:].to(head.weight.device)
+            return self.plain_forward(*args, **inputs)
+        labels = inputs.pop("labels")
+        states = self.model.base_model(*args, **{**inputs, "use_cache": False})
+        head = self.model.get_output_embeddings()
+        # layers may be spread over devices: everything meets where the head is
+        hidden = states.last_hidden_state.to(head.weight.device)
+        next_tokens = labels[:, 1:].to(head.weight.device)
         with _whole_head(head.weight, head.bias) as (weight, bias):
-            logprob = linear_logprob(
+            scored = linear_logprob(
                 # the rows after those of the labels are shortened responses, which are not scored
-                hidden[: labels.size(0), :-1],
+                hidden[: len(labels), :-1],
                 weight,
-                labels,
+                next_tokens,
                 bias=bias,
-                logit_scale=scale,
-                softcap=softcap,
-                outputs=fields,
+                outputs=self.outputs,
                 scored_rows=scored_rows,
-                budget_bytes=settings.budget_bytes,
-                backend=settings.backend,
+                budget_bytes=self.settings.budget_bytes,
+                backend=self.settings.backend,
+                **self.transform,
             )
-        mask = labels != -100
-        loss = -logprob.logps.sum() / mask.sum().clamp(min=1)
-        aux_loss = None
-        if kwargs.get("output_router_logits"):
-            attention_mask = kwargs["attention_mask"].clone()
-            attention_mask[labels.size(0) :] = 0
-            aux_loss = _router_loss(text_config, backbone.router_logits, attention_mask)
-            loss = loss + getattr(text_config, "router_aux_loss_coef", 0.0) * aux_loss
+        router = None
+        if inputs.get("output_router_logits"):
+            of_responses = inputs["attention_mask"].clone()
+            of_responses[len(labels) :] = 0
+            router = _router_loss(
+                self.model.config.get_text_config(), states.router_logits, of_responses
+            )
         degree = {}
         if degree_inputs is not None:
-            module = getattr(self, DEGREE_HEAD)
-            losses = module(*_degree_rows(hidden, degree_inputs, settings.pooling))
-            degree = {f"degree_{name}": value for name, value in losses._asdict().items()}
+            module = getattr(self.model, DEGREE_HEAD)
+            result = module(*_degree_rows(hidden, degree_inputs, self.settings.pooling))
+            degree = {f"degree_{name}": value for name, value in result._asdict().items()}
         return SPOCausalLMOutput(
-            loss=loss,
-            log_probs=logprob.logps,
-            entropy=logprob.entropy,
-            log_sum_sq_probs=logprob.log_sum_sq_probs,
-            mean_logits=logprob.mean_logits,
-            is_top1=logprob.is_top1,
-            label_mask=mask,
-            aux_loss=aux_loss,
+            log_probs=scored.logps,
+            entropy=scored.entropy,
+            log_sum_sq_probs=scored.log_sum_sq_probs,
+            mean_logits=scored.mean_logits,
+            is_top1=scored.is_top1,
+            aux_loss=router,
             **degree,
         )
-
-    model.forward = types.MethodType(forward, model)
 
 
 def _degree_rows(
@@ -159,17 +170,23 @@ def _degree_rows(
     return telescope(pooled, inputs["view_order"], levels, offsets), levels, offsets
 
 
+# config attribute of each family -> how its value enters the logits
+_LOGIT_SCALES: dict[str, Callable[[float], float]] = {
+    "logit_scale": float,
+    "output_multiplier": float,
+    "lm_head_multiplier": float,
+    "logits_scaling": lambda divisor: 1.0 / divisor,
+}
+
+
 def _logit_scale(config: PretrainedConfig) -> float:
-    """Return what the architecture multiplies its logits by, under whichever name it has."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        factor = getattr(config, name, None)
-        if factor is not None:
-            return float(factor)
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
-        return 1.0
-    # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / divisor
+    """Return the factor of the architecture's logits, under whichever name it has."""
+    for name, factor_of in _LOGIT_SCALES.items():
+        value = getattr(config, name, None)
+        if value is not None:
+            # this one family multiplies by what the others divide by
+            return float(value) if config.model_type == "hyperclovax" else factor_of(value)
+    return 1.0
 
 
 def _router_loss(

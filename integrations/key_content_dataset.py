@@ -158,7 +158,7 @@ class _Response(NamedTuple):
 
 
 def _has_content(message: dict[str, Any]) -> bool:
-    if message["role"] != "assistant" or message["content"] is None:
+    if message["role"] != "assistant" or message.get("content") is None:
         return False
     if not isinstance(message["content"], str):
         raise TypeError(
@@ -175,10 +175,12 @@ def _completion_offsets(
     ids, offsets = response.tokens(text)
     start = len(prompt_ids)
     if ids[:start] != prompt_ids or ids[start:] != completion_ids:
-        raise RuntimeError(
+        raise ValueError(
             "SPOTrainer: tokenizing the rendered conversation gave other ids than TRL's "
             f"({len(ids)} tokens against {start} + {len(completion_ids)}). The chat template must "
-            "render the same text each time and the dataset must be tokenized with this tokenizer."
+            "render the same text each time and the dataset must be tokenized with this tokenizer. "
+            "Delete the dataset cache, or fix the date in chat_template_kwargs if the template "
+            "prints today's."
         )
     return offsets[start:]
 

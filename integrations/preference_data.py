@@ -77,7 +77,7 @@ def texts_of(dataset: Dataset | IterableDataset) -> Iterator[str]:
             if isinstance(value, str):
                 yield value
             else:
-                yield from (message["content"] for message in value)
+                yield from (message["content"] for message in value if message.get("content"))
 
 
 def _kind(value: Any) -> str | None:
@@ -89,12 +89,15 @@ def _kind(value: Any) -> str | None:
 
 
 def _is_message(item: Any) -> bool:
-    return isinstance(item, Mapping) and all(
-        isinstance(item.get(k), str) for k in ("role", "content")
+    # a message that only calls tools has no content
+    return (
+        isinstance(item, Mapping)
+        and isinstance(item.get("role"), str)
+        and isinstance(item.get("content"), str | None)
     )
 
 
 def _response(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return value[-1]["content"] if value else ""
+    return (value[-1].get("content") or "") if value else ""

@@ -23,7 +23,9 @@ def pool_views(
         last = (mask * steps).argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=last.device), last].float()
     weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.bmm(weights.to(torch.float32)[:, None], hidden.float())[:, 0]
+    # autocast would round the means, whose differences are what the rows below are made of
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.bmm(weights.to(torch.float32)[:, None], hidden.float())[:, 0]
 
 
 def telescope(

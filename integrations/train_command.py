@@ -18,8 +18,12 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from spo_kernels.integrations import SPOConfig, SPOTrainer
 
+from .head_checkpoint import require_head
 from .model_from_config import folder_tokenizer, read_config, save_random_model, train_tokenizer
 from .preference_data import load_pairs, texts_of
+
+# where a model built from a config is saved inside OUTPUT_DIR
+INITIAL_MODEL = "initial_model"
 
 # what a mistake in flags, files or data raises before training begins
 SETUP_ERRORS = (
@@ -89,11 +93,21 @@ def prepare(arguments: Sequence[str]) -> TrainJob:
     existed = output_dir.exists()
     if existed and not output_dir.is_dir():
         raise ValueError(f"--output_dir must be a folder, got the file {str(output_dir)!r}")
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is not None:
+        if not Path(checkpoint).is_dir():
+            raise ValueError(f"--resume_from_checkpoint must be a folder, got {checkpoint!r}")
+        if args.gamma > 0:
+            require_head(checkpoint)
+    initial_model = output_dir / INITIAL_MODEL
+    had_model = initial_model.exists()
     try:
         return TrainJob(_make_trainer(script, args, model, random_model), script.dataset_name)
-    except SETUP_ERRORS:
+    except BaseException:
         if not existed:
             shutil.rmtree(output_dir, ignore_errors=True)
+        elif not had_model:
+            shutil.rmtree(initial_model, ignore_errors=True)
         raise
 
 
@@ -184,7 +198,7 @@ def _make_trainer(
         _check_reachable(source, revision=model.model_revision)
     else:
         # TRL reloads the reference model by path, so the random weights have to lie somewhere
-        folder = Path(args.output_dir) / "initial_model"
+        folder = Path(args.output_dir) / INITIAL_MODEL
         with args.main_process_first(desc="building the model"):
             if args.process_index == 0:
                 tokenizer = folder_tokenizer(random_model.model_config) or train_tokenizer(

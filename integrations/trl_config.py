@@ -130,6 +130,9 @@ class SPOConfig(DPOConfig):
             _check_choice("loss_type", name, LOSS_TYPES)
         _check_number("beta", self.beta, above=0.0)
         _check_number("label_smoothing", self.label_smoothing, low=0.0, below=0.5)
+        if "exo_pair" in loss_types:
+            # its target distribution has the logarithm of the smoothing in it
+            _check_number("label_smoothing of exo_pair", self.label_smoothing, above=0.0)
         _check_number("discopop_tau", self.discopop_tau, above=0.0)
         if self.ld_alpha is not None:
             _check_number("ld_alpha", self.ld_alpha, low=0.0, high=1.0)

@@ -86,6 +86,10 @@ class SPOTrainer(DPOTrainer):
         if not isinstance(args, SPOConfig):
             raise TypeError(f"SPOTrainer: args must be an SPOConfig, got {type(args).__name__}")
         _refuse_unsupported(model, processing_class, train_dataset, peft_config)
+        if args.gamma > 0:
+            _refuse_settings(args, optimizers)
+            # a dispatched batch is cut to the same length in every tensor, offsets included
+            args.accelerator_config.dispatch_batches = False
         budget = args.logprob_budget_mib
         settings = FusedHeadSettings(
             budget_bytes=None if budget is None else int(budget * _MIB),
@@ -153,9 +157,15 @@ class SPOTrainer(DPOTrainer):
                 "SPOTrainer: fsdp_version must be 2, got 1, which flattens the degree head into "
                 "the model's parameters so that it cannot be saved apart."
             )
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and max(parallelism.cp_size, parallelism.sp_size) > 1:
+            raise NotImplementedError(
+                "SPOTrainer: context and sequence parallelism must be off: a response's views and "
+                "its next-token labels need the whole sequence."
+            )
 
     def _check_budget(self, settings: FusedHeadSettings) -> None:
-        """Refuse a budget in which not even one row fits, before any data is read."""
+        """Refuse a budget in which not even one row fits, before the first step."""
         if settings.budget_bytes is None:
             return
         device = "cpu"
@@ -163,16 +173,22 @@ class SPOTrainer(DPOTrainer):
             major, minor = torch.cuda.get_device_capability(self.args.device)
             device = f"cuda:sm_{major}{minor}"
         lm_head = self._pretrained_model().get_output_embeddings()
-        plan_linear_logprob(
-            rows=1,
-            hidden_size=lm_head.in_features,
-            vocab_size=lm_head.out_features,
-            dtype=lm_head.weight.dtype,
-            needs_grad=("hidden", "weight") if lm_head.weight.requires_grad else ("hidden",),
-            outputs=("logps", "entropy", "mean_logits", "is_top1"),
-            budget_bytes=settings.budget_bytes,
-            device=device,
-        )
+        question = {
+            "rows": 1,
+            "hidden_size": lm_head.in_features,
+            "vocab_size": lm_head.out_features,
+            "dtype": lm_head.weight.dtype,
+            "needs_grad": ("hidden", "weight") if lm_head.weight.requires_grad else ("hidden",),
+            "outputs": ("logps", "entropy", "mean_logits", "is_top1"),
+            "device": device,
+        }
+        try:
+            plan_linear_logprob(**question, budget_bytes=settings.budget_bytes)
+        except ValueError as error:
+            raise ValueError(
+                "SPOConfig: logprob_budget_mib must hold at least one row of log-probs, got "
+                f"{self.args.logprob_budget_mib} MiB ({error})"
+            ) from error
 
     def _prepare_dataset(
         self,
@@ -190,6 +206,11 @@ class SPOTrainer(DPOTrainer):
         if stop_words is None:
             stop_words = smart_stop_words(args.key_content_language)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(
+                f"SPOTrainer: the {dataset_name} dataset must keep at least one row whose prompt "
+                f"is shorter than max_length={args.max_length}, got none"
+            )
         with global_then_local_main_first():
             return map_key_content(
                 dataset,
@@ -253,7 +274,11 @@ class SPOTrainer(DPOTrainer):
             output.degree_counted_views,
             output.degree_view_mask,
         )
-        self._degree_metrics[mode].add(self.accelerator.gather_for_metrics(counts))
+        # an epoch's last window is fetched whole, and gather_for_metrics would cut every part of it
+        # to the size of the last; rows that padded it were trained on, in evaluation they were not
+        training = mode == "train"
+        gather = self.accelerator.gather if training else self.accelerator.gather_for_metrics
+        self._degree_metrics[mode].add(gather(counts))
         if output.degree_losses is not None:
             # the sum over both sides of each side's mean
             loss = loss + self.args.gamma * output.degree_losses.sum() / num_pairs
@@ -314,6 +339,27 @@ class _SyncRefModelWithoutHead(SyncRefModelCallback):
             SyncRefModelCallback.sync_target_model(model, target_model, alpha)
         finally:
             model._modules[DEGREE_HEAD] = head
+
+
+def _refuse_settings(
+    args: SPOConfig, optimizers: tuple[torch.optim.Optimizer | None, LambdaLR | None]
+) -> None:
+    """Refuse what the degree loss cannot run with."""
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "SPOTrainer: accelerator_config.dispatch_batches must be off, since dispatching cuts "
+            "every tensor of a batch to one length, got True"
+        )
+    if optimizers[0] is not None and optimizers[1] is not None:
+        raise ValueError(
+            "SPOTrainer: optimizers must leave the scheduler to the trainer, which adds the degree "
+            "head's group to the optimizer first, got both. Pass (optimizer, None)."
+        )
+    if args.kernel_backend == "triton" and args.device.type != "cuda":
+        raise ValueError(
+            "SPOConfig: kernel_backend='triton' must run on a CUDA device, got "
+            f"{args.device.type}. Use 'auto' or 'torch'."
+        )
 
 
 def _refuse_unsupported(

@@ -100,7 +100,7 @@ def _train(arguments: Sequence[str]) -> int:
     prog = "spo-kernels train"
     if not arguments or {"-h", "--help"} & set(arguments):
         print(TRAIN_HELP, end="")
-        return 0
+        return 0 if arguments else 2
     _quiet_deprecations()
     try:
         from spo_kernels.integrations import train_command
@@ -169,6 +169,9 @@ def _plan(arguments: Sequence[str]) -> int:
     for name in ("context_tokens", "pairs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be >= 1, got {getattr(options, name)}")
+    budget = options.budget_mib
+    if budget is not None and not 0 < budget < float("inf"):
+        parser.error(f"--budget_mib must be a finite number > 0, got {budget}")
     try:
         hidden_size, vocab_size, softcap = _model_shape(options.model)
     except ValueError as error:
@@ -188,7 +191,7 @@ def _plan(arguments: Sequence[str]) -> int:
             needs_grad=("hidden",) if options.frozen_head else ("hidden", "weight"),
             outputs=tuple(options.outputs),
             softcap=softcap,
-            budget_bytes=None if options.budget_mib is None else int(options.budget_mib * MIB),
+            budget_bytes=None if budget is None else max(1, int(budget * MIB)),
             strategy=options.strategy,
             device=options.device,
         )
@@ -222,7 +225,7 @@ def _model_shape(name: str) -> tuple[int, int, float | None]:
             int(config["vocab_size"]),
             config.get("final_logit_softcapping"),
         )
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} must be a JSON object with hidden_size and vocab_size") from error
 
 

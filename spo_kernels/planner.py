@@ -258,7 +258,7 @@ def _device_facts(device: str) -> tuple[str, DeviceFacts]:
     if device == "cpu":
         return "cpu", _DEVICES["cpu"]
     arch = device.removeprefix("cuda:")
-    if not device.startswith("cuda:") or not arch.startswith("sm_"):
+    if not device.startswith("cuda:sm_") or not arch.removeprefix("sm_").isdigit():
         fail(_OP, "device", "be 'cpu' or 'cuda:sm_<arch>'", repr(device))
     # an architecture without a row of its own is planned like the nearest older one
     number = int(arch.removeprefix("sm_"))

@@ -369,3 +369,36 @@ def test_aot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(aot, "report", fail)
     assert "archs must be known, got sm_1" in refused(capsys, ["aot", "--archs", "sm_1"])
+
+
+def test_refusals_leave_no_model(pairs: str, tmp_path: Path, capsys) -> None:
+    """What this call wrote into an existing folder goes; what was there stays."""
+    output_dir = tmp_path / "out"
+    output_dir.mkdir()
+    (output_dir / "mine.txt").write_text("kept")
+    for flags, text in (
+        (["--logprob_budget_mib", "0.00001"], "logprob_budget_mib must hold at least one row"),
+        (["--kernel_backend", "triton"], "kernel_backend='triton' must run on a CUDA device"),
+        (["--max_length", "2"], "must keep at least one row whose prompt is shorter"),
+        (["--resume_from_checkpoint", str(tmp_path / "nope")], "--resume_from_checkpoint must be"),
+        (["--resume_from_checkpoint", str(output_dir)], "must hold spo_degree_head.safetensors"),
+    ):
+        assert cli.main([*train_flags(pairs, output_dir), *flags]) == 2
+        assert text in capsys.readouterr().err.splitlines()[-1]
+        assert [path.name for path in output_dir.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--budget_mib", "inf"], "--budget_mib must be a finite number > 0, got inf"),
+        (["--budget_mib", "-5"], "--budget_mib must be a finite number > 0, got -5.0"),
+        (["--device", "cuda:sm_xx"], "device must be 'cpu' or 'cuda:sm_<arch>'"),
+    ],
+)
+def test_plan_refusals(flags: list[str], text: str, capsys) -> None:
+    try:
+        code = cli.main(["plan", "--model", "qwen05", *flags])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and text in capsys.readouterr().err

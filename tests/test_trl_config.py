@@ -42,7 +42,8 @@ def test_defaults(tmp_path):
     assert (config.num_degrees, config.view, config.pooling) == (4, "hidden", "mean")
     assert config.degree_head_learning_rate == 1e-2
     assert config.center_views is False and config.share_degree_head is True
-    assert arguments(tmp_path, loss_type=list(LOSS_TYPES), gamma=0).gamma == 0
+    every = {"loss_type": list(LOSS_TYPES), "label_smoothing": 0.1}
+    assert arguments(tmp_path, **every, gamma=0).gamma == 0
 
 
 def test_command_line(tmp_path):

@@ -1,6 +1,7 @@
 """The fused head against TRL's own: architectures, experts, empty batches, sharded heads."""
 
 import copy
+import types
 from contextlib import contextmanager
 
 import pytest
@@ -14,8 +15,8 @@ from spo_kernels.integrations import fused_head
 from spo_kernels.integrations.degree_head import DegreeHead
 from spo_kernels.integrations.fused_head import (
     FusedHeadSettings,
-    add_fused_lm_head,
     fused_heads_installed_by_dpo_trainer,
+    install_fused_head,
 )
 
 SHAPE = {
@@ -65,25 +66,30 @@ def make_batch() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_agrees_with_trl(name):
     ours, theirs = make_model(name), make_model(name)
-    add_fused_lm_head(ours, OUTPUTS, settings=SETTINGS)
+    install_fused_head(ours, OUTPUTS, settings=SETTINGS)
     trl_utils.add_fused_lm_head(theirs, outputs=OUTPUTS)
     batch = make_batch()
-    outputs = [model(**batch, fused_lm_head=True) for model in (ours, theirs)]
+    # DPOTrainer itself asks for the router's logits where there is a router
+    asked = {"output_router_logits": True} if name == "experts" else {}
+    outputs = [model(**batch, **asked, fused_lm_head=True) for model in (ours, theirs)]
     assert isinstance(outputs[0], trl_utils.FusedCausalLMOutput)
-    for field in (*OUTPUTS, "loss", "label_mask", "aux_loss"):
+    for field in (*OUTPUTS, "aux_loss"):
         found, expected = (getattr(output, field) for output in outputs)
         if expected is None:
             assert found is None, field
         else:
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5, msg=field)
     for output in outputs:
-        (output.loss + output.entropy.sum()).backward()
+        loss = -output.log_probs.sum() + output.entropy.sum()
+        (loss if output.aux_loss is None else loss + output.aux_loss).backward()
     for (parameter_name, found), expected in zip(
         ours.named_parameters(), theirs.parameters(), strict=True
     ):
         torch.testing.assert_close(
             found.grad, expected.grad, atol=2e-5, rtol=1e-3, msg=parameter_name
         )
+    # an engine's wrapping and unwrapping leaves a forward that still works
+    ours.forward = types.MethodType(ours.forward.__func__, ours)
     # any other call is the model's own
     plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(ours(**plain).logits, theirs(**plain).logits)
@@ -94,9 +100,9 @@ def test_views_are_not_scored():
     model = make_model("experts")
     model.spo_degree_head = DegreeHead(32, 3)
     torch.nn.init.normal_(model.spo_degree_head.weight)
-    add_fused_lm_head(model, OUTPUTS, settings=SETTINGS)
+    install_fused_head(model, OUTPUTS, settings=SETTINGS)
     batch = make_batch()
-    alone = model(**batch, fused_lm_head=True)
+    alone = model(**batch, output_router_logits=True, fused_lm_head=True)
     wide = {name: torch.cat((batch[name], batch[name][:2])) for name in batch if name != "labels"}
     degree_inputs = {
         "removal_levels": torch.tensor([1, 0, 2, 0, 0, 0], dtype=torch.int8),
@@ -104,8 +110,14 @@ def test_views_are_not_scored():
         "view_order": torch.tensor([0, 4, 1, 5, 2, 3]),
         "completion_mask": wide["attention_mask"],
     }
-    output = model(**wide, labels=batch["labels"], fused_lm_head=True, degree_inputs=degree_inputs)
-    for field in ("log_probs", "entropy", "loss", "aux_loss"):
+    output = model(
+        **wide,
+        labels=batch["labels"],
+        output_router_logits=True,
+        fused_lm_head=True,
+        degree_inputs=degree_inputs,
+    )
+    for field in ("log_probs", "entropy", "aux_loss"):
         torch.testing.assert_close(getattr(output, field), getattr(alone, field))
     assert output.degree_counted_views.tolist() == [2, 2, 0, 0]
     assert output.degree_view_mask.tolist()[:2] == [[True, True, False], [True, False, True]]
@@ -116,7 +128,7 @@ def test_nothing_to_score():
     """A batch without labels and key content gives zeros that are connected to every parameter."""
     model = make_model("llama")
     model.spo_degree_head = DegreeHead(32, 3)
-    add_fused_lm_head(model, settings=SETTINGS)
+    install_fused_head(model, settings=SETTINGS)
     batch = make_batch()
     batch["labels"][:] = -100
     degree_inputs = {

@@ -142,7 +142,7 @@ def test_refused():
     tokenizer = make_tokenizer(texts_of(rows))
     tokenized = tokenized_by_trl(rows, tokenizer)
     other = make_tokenizer(texts_of(made_pairs(4, seed=1)), vocab_size=270)
-    with pytest.raises(RuntimeError, match="gave other ids than TRL's"):
+    with pytest.raises(ValueError, match="gave other ids than TRL's"):
         columns_of(tokenized, other)
     parts = [{"type": "text", "text": "The red lamp"}]
     row = {**tokenized[0], "chosen": [{"role": "assistant", "content": parts}]}

@@ -10,6 +10,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_tiny import Tiny, arguments, history
 
 from spo_kernels.integrations import SPOTrainer
+from spo_kernels.integrations.text_views import pool_views
 
 DEGREE_METRICS = ("degree_loss", "degree_accuracy", "degree_chance", "no_key_content")
 
@@ -278,6 +279,43 @@ def test_metrics_are_counts(tiny, tmp_path):
         assert first == pytest.approx(second, abs=1e-6), name
 
 
+def test_metrics_keep_every_pair(tiny, tmp_path):
+    """The last accumulation window of an epoch is fetched whole; none of its pairs is lost."""
+    trainer = make_trainer(
+        tiny,
+        tmp_path,
+        train_dataset=tiny.dataset.select(range(7)),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        num_train_epochs=1,
+        max_steps=-1,
+    )
+    pairs = []
+    add = trainer._degree_metrics["train"].add
+    trainer._degree_metrics["train"].add = lambda counts: pairs.append(len(counts)) or add(counts)
+    trainer.train()
+    assert pairs == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("view", ["hidden", "text"])
+def test_streamed_evaluation(tiny, tmp_path, view):
+    """A stream to evaluate on beside a map-style dataset to train on."""
+    stream = IterableDataset.from_generator(lambda: iter(tiny.rows[:4]))
+    trainer = make_trainer(tiny, tmp_path, view=view, eval_dataset=stream)
+    assert "eval_spo/degree_loss" in trainer.evaluate()
+
+
+def test_text_views_under_autocast():
+    """Means of shortened responses stay fp32, whatever autocast says."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 40, 32, generator=generator)
+    mask = torch.ones(4, 40, dtype=torch.int64)
+    mask[1, 30:] = 0
+    exact = pool_views(hidden.double().float(), mask, "mean")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pool_views(hidden, mask, "mean"), exact)
+
+
 def test_config_and_card(tiny, tmp_path):
     with pytest.raises(TypeError, match="args must be an SPOConfig, got DPOConfig"):
         SPOTrainer(
@@ -332,6 +370,20 @@ def test_refused(tiny, tmp_path):
     refused(reason, model=model)
 
 
-def test_budget_too_small(tiny, tmp_path):
-    with pytest.raises(ValueError, match="budget_bytes"):
-        make_trainer(tiny, tmp_path, logprob_budget_mib=1e-5)
+def test_refused_settings(tiny, tmp_path):
+    def refused(match, **arguments_):
+        with pytest.raises(ValueError, match=match):
+            make_trainer(tiny, tmp_path, **arguments_)
+
+    refused(
+        "logprob_budget_mib must hold at least one row of log-probs, got 1e-05 MiB",
+        logprob_budget_mib=1e-5,
+    )
+    refused("kernel_backend='triton' must run on a CUDA device, got cpu", kernel_backend="triton")
+    refused("dispatch_batches must be off", accelerator_config={"dispatch_batches": True})
+    refused("must keep at least one row whose prompt is shorter than max_length=2", max_length=2)
+    refused("label_smoothing of exo_pair must be a finite number > 0.0", loss_type="exo_pair")
+    model = tiny.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    refused("must leave the scheduler", model=model, optimizers=(optimizer, scheduler))
