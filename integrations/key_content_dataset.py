@@ -23,6 +23,8 @@ from spo_kernels import (
 
 SIDES = ("chosen", "rejected")
 
+# stands for a content that no one writes
+_MARK = "\ue000\ue001"
 # a line without the spaces around it
 _LINE = re.compile(r"\S(?:[^\n]*\S)?")
 
@@ -193,18 +195,23 @@ def _token_levels(
     if response.template is None:
         text_levels[len(response.prompt) : len(response.prompt) + len(levels)] = levels
     elif offsets:
-        for place, piece, size in _content_places(response.contents, text, offsets[0][0]):
+        for place, piece, size in _content_places(response, text, offsets[0][0]):
             text_levels[place : place + size] = levels[piece : piece + size]
     return [min(filter(None, text_levels[start:end]), default=0) for start, end in offsets]
 
 
-def _content_places(contents: list[str], text: str, cursor: int) -> Iterator[tuple[int, int, int]]:
+def _content_places(response: _Response, text: str, cursor: int) -> Iterator[tuple[int, int, int]]:
     """Yield (place in the text, place in the joined contents, size) of every piece of content.
 
     A template may strip a content or move its lines apart; what it rewrites has no key content.
     """
+    # the template's own text before each content, so that no content is looked for inside it
+    frame = response.with_contents([_MARK] * len(response.contents)).text().split(_MARK)
     base = 0
-    for content in contents:
+    for i, content in enumerate(response.contents):
+        before = text.find(frame[i], 0 if i == 0 else cursor) if i < len(frame) - 1 else -1
+        if before >= 0:
+            cursor = max(cursor, before + len(frame[i]))
         pieces = [(0, content)]
         if text.find(content, cursor) < 0:
             pieces = [(line.start(), line.group()) for line in _LINE.finditer(content)]

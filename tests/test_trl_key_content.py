@@ -130,6 +130,21 @@ def test_templates(tmp_path):
     assert text.split() == ["red", "lamp", "bridge", "quiet", "river"]
 
 
+def test_template_text_is_no_content(tmp_path):
+    """Words that a template writes before a response are not taken for the same words in it."""
+    tiny = Tiny(tmp_path)
+    tokenizer = tiny.tokenizer
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']",
+        "('red lamp seen: ' if message['role'] == 'assistant' else '') + message['content']",
+    )
+    rows = [{**tiny.rows[0], "chosen": [{"role": "assistant", "content": "red lamp"}]}]
+    row = columns_of(tokenized_by_trl(rows, tokenizer), tokenizer)[0]
+    levels = row["chosen_removal_levels"]
+    before = tokenizer.decode(row["chosen_ids"][: next(i for i, x in enumerate(levels) if x)])
+    assert before.strip() == "red lamp seen:"
+
+
 def test_refused():
     class Slow:
         is_fast = False
