@@ -34,26 +34,26 @@ class Tile:
 
 # (kernel, architecture class, dtype class, loads). "tma" rows need 16-byte aligned rows, "pointer"
 # rows take anything.
-# a half row that is not aligned is rare and loads element by element: a small tile does not spill
-_UNALIGNED = Tile(64, 128, 32, 4, 3, programs_per_sm=2)
+# for little shared memory, and for half rows that are not aligned: rare, and larger tiles spill
+_SMALL = Tile(64, 128, 32, 4, 3, programs_per_sm=2)
 _FLOAT = Tile(64, 64, 16, 4, 2, programs_per_sm=4)
 TILES: dict[tuple[str, str, str, str], Tile] = {
     ("fwd", "sm_80", "half", "pointer"): Tile(128, 256, 32, 8, 3),
-    ("fwd", "sm_90", "half", "pointer"): _UNALIGNED,
+    ("fwd", "sm_90", "half", "pointer"): _SMALL,
     ("fwd", "sm_90", "half", "tma"): Tile(128, 256, 64, 8, 3, tma=True),
-    ("fwd", "sm_100", "half", "pointer"): _UNALIGNED,
+    ("fwd", "sm_100", "half", "pointer"): _SMALL,
     ("fwd", "sm_100", "half", "tma"): Tile(128, 128, 64, 4, 3, tma=True, programs_per_sm=2),
-    ("fwd", "small", "half", "pointer"): Tile(64, 128, 32, 4, 3, programs_per_sm=2),
+    ("fwd", "small", "half", "pointer"): _SMALL,
     ("fwd", "sm_80", "float", "pointer"): _FLOAT,
     ("fwd", "sm_90", "float", "pointer"): _FLOAT,
     ("fwd", "sm_100", "float", "pointer"): _FLOAT,
     ("fwd", "small", "float", "pointer"): _FLOAT,
     ("bwd", "sm_80", "half", "pointer"): Tile(128, 128, 32, 8, 3),
-    ("bwd", "sm_90", "half", "pointer"): _UNALIGNED,
+    ("bwd", "sm_90", "half", "pointer"): _SMALL,
     ("bwd", "sm_90", "half", "tma"): Tile(128, 128, 64, 8, 3, tma=True, programs_per_sm=2),
-    ("bwd", "sm_100", "half", "pointer"): _UNALIGNED,
+    ("bwd", "sm_100", "half", "pointer"): _SMALL,
     ("bwd", "sm_100", "half", "tma"): Tile(128, 128, 64, 4, 3, tma=True, programs_per_sm=2),
-    ("bwd", "small", "half", "pointer"): Tile(64, 128, 32, 4, 3, programs_per_sm=2),
+    ("bwd", "small", "half", "pointer"): _SMALL,
     ("bwd", "sm_80", "float", "pointer"): _FLOAT,
     ("bwd", "sm_90", "float", "pointer"): _FLOAT,
     ("bwd", "sm_100", "float", "pointer"): _FLOAT,
