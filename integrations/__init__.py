@@ -1,22 +1,41 @@
-"""Adapters to trainers; each name is imported on first use, so this package imports no trainer."""
+"""Trainer adapters, data recipes; each is imported on first use: this package needs no trainer."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spo_kernels.integrations.data_recipes import (
+        RewardAugmentation,
+        ScoreMarginFilter,
+        mix_on_policy,
+    )
     from spo_kernels.integrations.trl_config import SPOConfig
     from spo_kernels.integrations.trl_trainer import SPOTrainer
 
-__all__ = ["SPOConfig", "SPOTrainer"]
+__all__ = [
+    "RewardAugmentation",
+    "SPOConfig",
+    "SPOTrainer",
+    "ScoreMarginFilter",
+    "mix_on_policy",
+]
 
-_MODULE_OF = {"SPOConfig": "trl_config", "SPOTrainer": "trl_trainer"}
+_MODULE_OF = {
+    "RewardAugmentation": "data_recipes",
+    "SPOConfig": "trl_config",
+    "SPOTrainer": "trl_trainer",
+    "ScoreMarginFilter": "data_recipes",
+    "mix_on_policy": "data_recipes",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    importlib.import_module(f"{__name__}.trl_version").check_trl()
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    module = _MODULE_OF[name]
+    if module.startswith("trl_"):
+        importlib.import_module(f"{__name__}.trl_version").check_trl()
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 def __dir__() -> list[str]:

@@ -58,7 +58,7 @@ def check_pairs(dataset: Dataset | IterableDataset) -> None:
     columns = [name for name in ("prompt", *SIDES) if name in first]
     rows = [first] if streamed else dataset.select_columns(columns)
     for number, row in enumerate(rows):
-        kinds = {name: _kind(row[name]) for name in columns}
+        kinds = {name: kind_of(row[name]) for name in columns}
         if len(set(kinds.values())) > 1 or None in kinds.values():
             got = ", ".join(f"{name}: {kind or 'neither'}" for name, kind in kinds.items())
             raise ValueError(f"row {number} must be all text or all lists of messages, got {got}")
@@ -80,7 +80,8 @@ def texts_of(dataset: Dataset | IterableDataset) -> Iterator[str]:
                 yield from (message["content"] for message in value if message.get("content"))
 
 
-def _kind(value: Any) -> str | None:
+def kind_of(value: Any) -> str | None:
+    """Return "text", "messages" or, for anything else, None."""
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and all(_is_message(item) for item in value):

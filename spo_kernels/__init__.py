@@ -6,6 +6,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spo_kernels.bradley_terry_loss import BradleyTerryLossOutput, bradley_terry_loss
     from spo_kernels.collator import PreferenceCollator
     from spo_kernels.degree_loss import DegreeLossOutput, degree_loss
     from spo_kernels.key_content import (
@@ -18,38 +19,58 @@ if TYPE_CHECKING:
         smart_stop_words,
     )
     from spo_kernels.linear_logprob import LinearLogprobOutput, linear_logprob
+    from spo_kernels.listwise_preference_loss import (
+        ListwisePreferenceLossOutput,
+        listwise_preference_loss,
+    )
     from spo_kernels.planner import Plan, plan_linear_logprob
     from spo_kernels.preference_loss import PreferenceLossOutput, preference_loss
+    from spo_kernels.unpaired_preference_loss import (
+        UnpairedPreferenceLossOutput,
+        unpaired_preference_loss,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "KEY_CONTENT_VERSION",
+    "BradleyTerryLossOutput",
     "DegreeLossOutput",
     "KeyPhrase",
     "LinearLogprobOutput",
+    "ListwisePreferenceLossOutput",
     "Plan",
     "PreferenceCollator",
     "PreferenceLossOutput",
+    "UnpairedPreferenceLossOutput",
+    "bradley_terry_loss",
     "character_levels",
     "degree_loss",
     "extract_key_content",
     "linear_logprob",
+    "listwise_preference_loss",
     "plan_linear_logprob",
     "preference_loss",
     "removal_level",
     "shorten",
     "smart_stop_words",
+    "unpaired_preference_loss",
 ]
 
 # public name -> module, imported on first use: `spo-kernels --help` must not wait for torch
 _MODULE_OF = {
+    "unpaired_preference_loss": "unpaired_preference_loss",
+    "UnpairedPreferenceLossOutput": "unpaired_preference_loss",
+    "listwise_preference_loss": "listwise_preference_loss",
+    "ListwisePreferenceLossOutput": "listwise_preference_loss",
     "KEY_CONTENT_VERSION": "key_content",
+    "BradleyTerryLossOutput": "bradley_terry_loss",
     "DegreeLossOutput": "degree_loss",
     "KeyPhrase": "key_content",
     "LinearLogprobOutput": "linear_logprob",
     "Plan": "planner",
     "PreferenceCollator": "collator",
     "PreferenceLossOutput": "preference_loss",
+    "bradley_terry_loss": "bradley_terry_loss",
     "character_levels": "key_content",
     "degree_loss": "degree_loss",
     "extract_key_content": "key_content",

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from spo_kernels.loss_table import Parameter
+
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -29,6 +31,11 @@ def fail(
     raise error(f"{text}. {way_out}" if way_out else text)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_tensor(op: str, argument: str, value: Any) -> None:
     """Require a ``torch.Tensor``."""
     if not isinstance(value, torch.Tensor):
@@ -41,9 +48,8 @@ def check_dtype(
     """Require one of the ``allowed`` dtypes."""
     allowed = tuple(allowed)
     if value.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        got = str(value.dtype).removeprefix("torch.")
-        fail(op, argument, f"have dtype {names}", got, error=TypeError)
+        names = ", ".join(dtype_name(dtype) for dtype in allowed)
+        fail(op, argument, f"have dtype {names}", dtype_name(value.dtype), error=TypeError)
 
 
 def check_shape(op: str, argument: str, value: torch.Tensor, shape: tuple, spec: str) -> None:
@@ -70,6 +76,24 @@ def check_positive_float(op: str, argument: str, value: Any) -> float:
     if not (value > 0 and math.isfinite(value)):
         fail(op, argument, "be a finite float > 0", value)
     return float(value)
+
+
+def check_number(op: str, argument: str, value: Any) -> None:
+    """Require a Python number; tensors are refused (they would sync)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(op, argument, "be a Python float", type(value).__name__, error=TypeError)
+
+
+def check_parameters(
+    op: str, values: dict[str, float], table: Iterable[Parameter]
+) -> dict[str, float]:
+    """Check every parameter against its range in the table, used by the types or not."""
+    for parameter in table:
+        value = values[parameter.name]
+        check_number(op, parameter.name, value)
+        if not parameter.holds(value):
+            fail(op, parameter.name, parameter.requirement, value)
+    return {name: float(value) for name, value in values.items()}
 
 
 def check_choice(op: str, argument: str, value: Any, allowed: Iterable[str]) -> None:

@@ -162,7 +162,7 @@ def _backend(name: str) -> _Backend:
         from spo_kernels.kernels import degree_loss as fwd
         from spo_kernels.kernels import degree_loss_bwd as bwd
     else:
-        from spo_kernels import _torch_losses as fwd
+        from spo_kernels import _torch_degree as fwd
 
         bwd = fwd
     return _Backend(fwd.degree_loss_fwd, bwd.degree_loss_bwd_hidden, bwd.degree_loss_bwd_head)

@@ -1,4 +1,4 @@
-"""Public ``preference_loss``: pairwise losses on sequence log-probs, with their gradients."""
+"""Public ``preference_loss``: pairwise losses on log-probs, with their gradients."""
 
 import dataclasses
 import math
@@ -9,26 +9,27 @@ import torch
 
 from spo_kernels._checks import (
     FLOAT_DTYPES,
-    check_choice,
-    check_dtype,
-    check_same_device,
-    check_shape,
-    check_tensor,
+    dtype_name,
     fail,
     refuse_double_backward,
     resolve_backend,
 )
-from spo_kernels.loss_table import LOSS_TYPE_NAMES, PARAMETERS, Parameters, loss_type_of
+from spo_kernels._pair_checks import check_call, check_mix, check_sides
+from spo_kernels._pairs import PairCall, PairData, Scored, Side
+from spo_kernels.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS, formula_lines
 
 _OP = "preference_loss"
+_SIDES = 3
 
 
 class PreferenceLossOutput(NamedTuple):
-    """Per-pair results, ``[P]`` fp32 each (fp64 for fp64 inputs)."""
+    """Per-pair results, ``[P]`` fp32 each (fp64 for fp64 inputs), differentiable in ``losses``."""
 
     losses: torch.Tensor
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
 
 
 def preference_loss(
@@ -40,124 +41,196 @@ def preference_loss(
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    ld_alpha: float | None = None,
+    discopop_tau: float = 0.05,
+    simpo_gamma: float = 0.5,
+    alphapo_alpha: float = 0.0,
+    ada_rho: float = 0.1,
+    ada_tau_min: float = 0.1,
+    ada_tau_max: float = 4.0,
+    clip_chosen: float = 5.0,
+    clip_rejected: float = 5.0,
+    rwr_temperature: float = 1.0,
+    rwr_max_weight: float = math.inf,
+    min_reward_margin: float = 0.0,
+    chosen_mask: torch.Tensor | None = None,
+    rejected_mask: torch.Tensor | None = None,
+    chosen_offsets: torch.Tensor | None = None,
+    rejected_offsets: torch.Tensor | None = None,
     chosen_lengths: torch.Tensor | None = None,
     rejected_lengths: torch.Tensor | None = None,
+    chosen_log_sum_sq_probs: torch.Tensor | None = None,
+    rejected_log_sum_sq_probs: torch.Tensor | None = None,
+    response_logps: torch.Tensor | None = None,
+    ref_response_logps: torch.Tensor | None = None,
+    response_mask: torch.Tensor | None = None,
+    response_offsets: torch.Tensor | None = None,
+    response_lengths: torch.Tensor | None = None,
+    pair_weights: torch.Tensor | None = None,
+    reward_chosen: torch.Tensor | None = None,
+    reward_rejected: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> PreferenceLossOutput:
-    """Compute the preference loss of P pairs from the log-probs of whole completions.
+    """Compute a weighted mix of preference losses of P pairs.
 
-        c = chosen_logps - ref_chosen_logps        r = rejected_logps - ref_rejected_logps
-        losses = sum_i loss_weights[i] * loss_type[i](c, r)
-        sigmoid: log(1 + exp(-beta (c - r)))       hinge: max(0, 1 - beta (c - r))
-        ipo: (c / len_c - r / len_r - 1 / (2 beta))^2
-        chosen_rewards = beta * c                  rejected_rewards = beta * r
+        pc = sum of chosen's token log-probs       c = pc - the same of the reference
+        pr, r: of rejected                         px, x: of a third response
+        losses = w sum_i loss_weights[i] * loss_type[i](...)
+        chosen_rewards = beta c                    rejected_rewards = beta r
+        m = beta (c - r), sp(t) = log(1 + exp(t)), s(t) = 1 / (1 + exp(-t))
 
-    Loss and gradient come from one kernel launch and the backward is one multiply; all arithmetic
-    is fp32 (fp64 for fp64 inputs), nothing is read back to the host, and results are bit-for-bit
-    repeatable. Policy equal to reference gives a margin of exactly 0.
+    {formulas}
+
+    The token sums, the loss and its gradient come from one kernel launch and the backward is one
+    more; all arithmetic is fp32 (fp64 for fp64 inputs), nothing is read back to the host, and
+    results are bit-for-bit repeatable. Policy equal to reference gives a margin of exactly 0.
+    ``losses.mean()`` is TRL's batch loss. A mix makes a method: CPO is ``["cpo", "sft"]`` without a
+    reference, ORPO ``["orpo", "nll"]``, TPO ``["cpo", "nll"]``, RPO ``["sigmoid", "rpo"]``.
+
+    Log-probs come in one of three forms, for each response on its own: ``[P]``, sums; ``[P, T]``,
+    token log-probs with one response a row; ``[B, T]`` with offsets, response p being the tokens
+    ``offsets[p]:offsets[p + 1]`` in row-major order (packed batches: ``logps[None]``). A reference
+    has the same form or is given as sums.
 
     Args:
-        chosen_logps: ``[P]`` bf16/fp16/fp32 (fp64 on the torch backend), log-probs summed over each
-            chosen completion, any stride.
-        rejected_logps: ``[P]``, the same dtype, of the rejected completions.
-        ref_chosen_logps, ref_rejected_logps: ``[P]`` of the reference model, any float dtype; both
-            or neither, None counts as 0.
+        chosen_logps: ``[P]`` or ``[., T]`` bf16/fp16/fp32 (fp64 on the torch backend), any stride.
+        rejected_logps: of the rejected completions, the same dtype.
+        ref_chosen_logps, ref_rejected_logps: of the reference model, any float dtype; both or
+            neither, None counts as 0.
         loss_type: a name from ``loss_table.LOSS_TYPES`` or a sequence of names to mix.
         loss_weights: one finite Python float for each type; None is 1 each.
         beta: > 0. Inverse temperature of the margin.
-        chosen_lengths, rejected_lengths: ``[P]`` int32/int64 completion lengths in tokens, needed
-            by ``ipo``; 0 counts as 1.
-        backend: "auto" (triton on a CUDA tensor, else torch), "torch" or "triton".
+        label_smoothing: in [0, 0.5). eps of exo_pair (> 0), robust, cpo, simpo, alphapo, aot.
+        f_divergence_type: "reverse_kl", "forward_kl" (1 - exp(-c)), "js_divergence"
+            (log 2 - sp(-c)) or "alpha_divergence" ((exp((a - 1) c) - 1) / (a - 1)) in place of c
+            and r in the types that are a function of their difference (arXiv:2309.16240);
+            exponents above 80 count as 80.
+        f_alpha_divergence_coef: a of "alpha_divergence".
+        ld_alpha: in [0, 1]: weight of the tokens beyond the shorter completion's length in c and r
+            (LD-DPO, arXiv:2409.06411); token log-probs only. A reference given as sums is taken to
+            be weighted already.
+        discopop_tau, simpo_gamma, alphapo_alpha, ada_rho, ada_tau_min, ada_tau_max, clip_chosen,
+            clip_rejected, rwr_temperature, rwr_max_weight: see the formulas; ranges in
+            ``loss_table.PARAMETERS``.
+        min_reward_margin: >= 0: pairs with |reward_chosen - reward_rejected| below it count 0 (they
+            stay in P and in batch statistics).
+        chosen_mask, rejected_mask: the tokens that count, bool or int in the shape of their
+            log-probs; None is all. They also count the lengths.
+        chosen_offsets, rejected_offsets: ``[P + 1]`` int64, not decreasing.
+        chosen_lengths, rejected_lengths: ``[P]`` int32/int64 completion lengths in tokens, for the
+            types with len_c in their formula where no mask counts them; 0 counts as 1 in len_c.
+        chosen_log_sum_sq_probs, rejected_log_sum_sq_probs: log sum_v p_v^2 in the form of their
+            log-probs or summed: weights each pair by exp(mean over chosen's tokens of (log-prob -
+            it) + the same of rejected), without a gradient (WPO, arXiv:2406.11827, Eq. 2).
+        response_logps, ref_response_logps, response_mask, response_offsets, response_lengths: the
+            third response of ``selm`` and ``nll``.
+        pair_weights: ``[P]`` float, the w above; None is 1. A weight of 0 leaves a pair out.
+        reward_chosen, reward_rejected: ``[P]`` float scores of a reward model, for ``rwr`` and
+            min_reward_margin.
+        backend: "auto" (triton on a CUDA tensor, else torch), "torch" or "triton". Types that look
+            at the whole batch run as one program on triton, which takes 256 pairs; above that
+            "auto" is torch.
     Returns:
-        ``PreferenceLossOutput``: ``losses``, ``chosen_rewards``, ``rejected_rewards``, each
-        ``[P]`` fp32.
-    Gradients: chosen_logps, rejected_logps through ``losses``. Not differentiable: reference
-        log-probs, rewards; no double backward.
+        ``PreferenceLossOutput``: ``losses``, ``chosen_rewards``, ``rejected_rewards`` and the
+        policy's summed ``chosen_logps``, ``rejected_logps``, each ``[P]`` fp32.
+    Gradients: chosen_logps, rejected_logps, response_logps through ``losses``. Not differentiable:
+        everything else; no double backward.
     Raises: ValueError (shape, range, device, unknown type), TypeError (dtype), NotImplementedError
         (backend cannot).
-    Source: sigmoid: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7. hinge: Zhao et al. 2023,
-        arXiv:2305.10425. ipo: Azar et al. 2023, arXiv:2310.12036, Eq. 17. ipo differs from it by:
-        each score is divided by its completion length, as in TRL.
+    Source: the papers named in ``loss_table.LOSS_TYPES``, one a row, with what differs from them.
     """
-    logps = {"chosen_logps": chosen_logps, "rejected_logps": rejected_logps}
-    refs = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
-    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    loss_types, weights = _check_types(loss_type, loss_weights, lengths)
-    _check_tensors(logps, refs, lengths)
-    parameters = _check_parameters({"beta": beta})
-    backend = resolve_backend(_OP, backend, chosen_logps)
-    if backend == "triton":
-        for name, tensor in {**logps, **refs}.items():
-            if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-                fail(
-                    _OP,
-                    name,
-                    "have dtype bfloat16, float16, float32 on backend='triton'",
-                    str(tensor.dtype).removeprefix("torch."),
-                    way_out="Use backend='torch'.",
-                    error=TypeError,
-                )
-    call = _Call(backend=backend, loss_types=loss_types, weights=weights, parameters=parameters)
-    if not any(loss_type_of(name).needs_lengths for name in loss_types):
-        lengths = dict.fromkeys(lengths)
-    return PreferenceLossOutput(
-        *_PreferenceLossFunction.apply(*logps.values(), *refs.values(), *lengths.values(), call)
+    chosen = Side(
+        chosen_logps,
+        ref_chosen_logps,
+        chosen_mask,
+        chosen_offsets,
+        chosen_lengths,
+        chosen_log_sum_sq_probs,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """Non-tensor state of one call."""
-
-    backend: str
-    loss_types: tuple[str, ...]
-    weights: tuple[float, ...]
-    parameters: Parameters
+    rejected = Side(
+        rejected_logps,
+        ref_rejected_logps,
+        rejected_mask,
+        rejected_offsets,
+        rejected_lengths,
+        rejected_log_sum_sq_probs,
+    )
+    response = Side(
+        response_logps, ref_response_logps, response_mask, response_offsets, response_lengths
+    )
+    data = PairData(pair_weights, reward_chosen, reward_rejected)
+    losses, weights = check_mix(loss_type, loss_weights)
+    parameters = {
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "discopop_tau": discopop_tau,
+        "simpo_gamma": simpo_gamma,
+        "alphapo_alpha": alphapo_alpha,
+        "ada_rho": ada_rho,
+        "ada_tau_min": ada_tau_min,
+        "ada_tau_max": ada_tau_max,
+        "clip_chosen": clip_chosen,
+        "clip_rejected": clip_rejected,
+        "rwr_temperature": rwr_temperature,
+        "rwr_max_weight": rwr_max_weight,
+        "min_reward_margin": min_reward_margin,
+    }
+    call = check_call(
+        losses, weights, parameters, f_divergence_type, f_alpha_divergence_coef, ld_alpha
+    )
+    check_sides(chosen, rejected, response, data, call)
+    call = dataclasses.replace(call, backend=_resolve_backend(backend, chosen, call))
+    if call.backend == "triton":
+        _refuse_fp64(chosen, rejected, response)
+    if not (call.needs_lengths or chosen_log_sum_sq_probs is not None):
+        chosen, rejected = chosen._replace(lengths=None), rejected._replace(lengths=None)
+    return PreferenceLossOutput(
+        *_PreferenceLossFunction.apply(call, *chosen, *rejected, *response, *data)
+    )
 
 
 class _PreferenceLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        chosen: torch.Tensor,
-        rejected: torch.Tensor,
-        ref_chosen: torch.Tensor | None,
-        ref_rejected: torch.Tensor | None,
-        chosen_lengths: torch.Tensor | None,
-        rejected_lengths: torch.Tensor | None,
-        call: _Call,
-    ):
+    def forward(ctx: Any, call: PairCall, *tensors: torch.Tensor | None):
         ctx.set_materialize_grads(False)
-        losses, grads, rewards = _backend(call.backend).preference_loss_fwd(
-            chosen,
-            rejected,
-            ref_chosen,
-            ref_rejected,
-            chosen_lengths,
-            rejected_lengths,
-            loss_types=call.loss_types,
-            weights=call.weights,
-            parameters=call.parameters,
-        )
-        chosen_rewards, rejected_rewards = rewards[0], rewards[1]
-        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
-        ctx.save_for_backward(grads)
-        ctx.dtype = chosen.dtype
-        return losses, chosen_rewards, rejected_rewards
+        sides, data = _unpack(tensors)
+        scored = _backend(call.backend).preference_loss_fwd(*sides, data, call)
+        outputs = (scored.losses, *scored.rewards.unbind(), *scored.sums.unbind())
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.call, ctx.forms = call, tuple(None if side is None else side.form for side in sides)
+        ctx.save_for_backward(*scored[_KEPT:])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_losses: torch.Tensor | None, *_: None):
         refuse_double_backward(_OP)
+        grads = [None] * (1 + _SIDES * len(Side._fields) + len(PairData._fields))
         if grad_losses is None:
-            return (None,) * 7
-        (grads,) = ctx.saved_tensors
-        grad_chosen, grad_rejected = (grads * grad_losses).to(ctx.dtype)
-        needs_chosen, needs_rejected = ctx.needs_input_grad[:2]
-        return (
-            grad_chosen if needs_chosen else None,
-            grad_rejected if needs_rejected else None,
-            *(None,) * 5,
+            return tuple(grads)
+        # a response's log-probs are the first field of its side
+        places = [1 + i * len(Side._fields) for i in range(_SIDES)]
+        scored = Scored(*(None,) * _KEPT, *ctx.saved_tensors)
+        needs = tuple(ctx.needs_input_grad[place] for place in places)
+        found = _backend(ctx.call.backend).preference_loss_bwd(
+            grad_losses, scored, ctx.forms, ctx.call, needs
         )
+        for place, grad in zip(places, found, strict=True):
+            grads[place] = grad
+        return tuple(grads)
+
+
+# where the fields start that a backward needs
+_KEPT = Scored._fields.index("grads")
+
+
+def _unpack(tensors: tuple) -> tuple[tuple[Side, Side, Side | None], PairData]:
+    width = len(Side._fields)
+    sides = [Side(*tensors[i * width : (i + 1) * width]) for i in range(_SIDES)]
+    response = None if sides[2].logps is None else sides[2]
+    return (sides[0], sides[1], response), PairData(*tensors[_SIDES * width :])
 
 
 def _backend(name: str):
@@ -165,92 +238,41 @@ def _backend(name: str):
         from spo_kernels.kernels import preference_loss
 
         return preference_loss
-    from spo_kernels import _torch_losses
+    from spo_kernels import _torch_preference
 
-    return _torch_losses
-
-
-def _check_types(
-    loss_type: str | Sequence[str],
-    loss_weights: Sequence[float] | None,
-    lengths: dict[str, torch.Tensor | None],
-) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Return the names and weights of the mix."""
-    names = (loss_type,) if isinstance(loss_type, str) else loss_type
-    if not isinstance(names, Sequence) or not names:
-        got = repr(loss_type)
-        fail(_OP, "loss_type", "be a name or a non-empty sequence of names", got, error=TypeError)
-    for name in names:
-        check_choice(_OP, "loss_type", name, LOSS_TYPE_NAMES)
-        for argument, value in lengths.items():
-            if value is None and loss_type_of(name).needs_lengths:
-                fail(_OP, argument, f"be given for loss_type={name!r}", None)
-    if loss_weights is None:
-        return tuple(names), (1.0,) * len(names)
-    if not isinstance(loss_weights, Sequence):
-        got = type(loss_weights).__name__
-        fail(_OP, "loss_weights", "be a sequence of Python floats", got, error=TypeError)
-    if len(loss_weights) != len(names):
-        fail(_OP, "loss_weights", f"have one weight for each of {len(names)} types", loss_weights)
-    for weight in loss_weights:
-        _check_number("loss_weights", weight)
-        if not math.isfinite(weight):
-            fail(_OP, "loss_weights", "be finite", weight)
-    return tuple(names), tuple(float(weight) for weight in loss_weights)
+    return _torch_preference
 
 
-def _check_parameters(values: dict[str, float]) -> Parameters:
-    """Check every parameter against its range in the table, used by the types or not."""
-    for parameter in PARAMETERS:
-        value = values[parameter.name]
-        _check_number(parameter.name, value)
-        if not parameter.low < value < parameter.high:
-            low, high = parameter.low, parameter.high
-            requirement = f"be a finite float > {low:g}"
-            if math.isfinite(high):
-                requirement = f"be between {low:g} and {high:g}"
-            fail(_OP, parameter.name, requirement, value)
-    return Parameters(**{name: float(value) for name, value in values.items()})
+def _resolve_backend(backend: str, chosen: Side, call: PairCall) -> str:
+    resolved = resolve_backend(_OP, backend, chosen.logps)
+    P = chosen.form.pairs
+    if resolved == "triton" and call.is_batch and P > MAX_BATCH_PAIRS:
+        if backend == "auto":
+            return "torch"
+        name = next(loss.name for loss in call.losses if loss.batch)
+        raise NotImplementedError(
+            f"{_OP}: backend='triton' takes up to {MAX_BATCH_PAIRS} pairs for "
+            f"loss_type={name!r}, got {P}. Use backend='torch' or "
+            "backend='auto'."
+        )
+    return resolved
 
 
-def _check_number(argument: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        fail(_OP, argument, "be a Python float", type(value).__name__, error=TypeError)
+def _refuse_fp64(chosen: Side, rejected: Side, response: Side) -> None:
+    for which, side in (("chosen", chosen), ("rejected", rejected), ("response", response)):
+        for name, tensor in ((f"{which}_logps", side.logps), (f"ref_{which}_logps", side.ref)):
+            if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
+                fail(
+                    _OP,
+                    name,
+                    "have dtype bfloat16, float16, float32 on backend='triton'",
+                    dtype_name(tensor.dtype),
+                    way_out="Use backend='torch'.",
+                    error=TypeError,
+                )
 
 
-def _check_tensors(
-    logps: dict[str, torch.Tensor],
-    refs: dict[str, torch.Tensor | None],
-    lengths: dict[str, torch.Tensor | None],
-) -> None:
-    """Refuse tensors that do not form P pairs."""
-    for optional in (refs, lengths):
-        given = [name for name, tensor in optional.items() if tensor is not None]
-        if len(given) == 1:
-            missing = next(name for name in optional if name not in given)
-            fail(_OP, missing, f"be given where {given[0]} is", None)
-    named = {**logps, **refs, **lengths}
-    named = {name: t for name, t in named.items() if t is not None or name in logps}
-    for name, tensor in named.items():
-        check_tensor(_OP, name, tensor)
-        integer = name in lengths
-        floats = (*FLOAT_DTYPES, torch.float64)
-        check_dtype(_OP, name, tensor, (torch.int32, torch.int64) if integer else floats)
-
-    chosen, rejected = logps.values()
-    check_shape(_OP, "chosen_logps", chosen, (None,), "[P]")
-    P = chosen.numel()
-    for name, tensor in named.items():
-        if name == "rejected_logps" and tensor.dim() == 1 and (P + tensor.numel()) % 2:
-            fail(
-                _OP,
-                name,
-                f"have shape [P] with P={P} like chosen_logps",
-                tuple(tensor.shape),
-                way_out=f"A chosen/rejected batch must be even, got B={P + tensor.numel()}.",
-            )
-        check_shape(_OP, name, tensor, (P,), f"[P] with P={P} like chosen_logps")
-    if rejected.dtype != chosen.dtype:
-        want, got = (str(t.dtype).removeprefix("torch.") for t in (chosen, rejected))
-        fail(_OP, "rejected_logps", f"have dtype {want} like chosen_logps", got, error=TypeError)
-    check_same_device(_OP, named)
+if preference_loss.__doc__ is not None:
+    preference_loss.__doc__ = preference_loss.__doc__.replace(
+        "{formulas}", formula_lines(LOSS_TYPES, indent=8)
+    )

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spo_kernels
 from spo_kernels import degree_loss
-from spo_kernels.reference_losses import degree_loss_reference
+from spo_kernels.reference_degree import degree_loss_reference
 
 BLOCK_N, BLOCK_H = 32, 128
 GRADS = ("grad_hidden", "grad_head_weight", "grad_head_bias")

@@ -29,8 +29,16 @@ def check(row: aot.AotRow) -> None:
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_small_kernels(arch):
-    """The kernels without a tile row: rows, kept exponentials, preference and degree losses."""
-    for name in ("reduce", "rescale", "direction", "exps", "preference_loss", "degree_loss"):
+    """The kernels without a tile row: rows, kept exponentials, every loss type, degree loss."""
+    for name in (
+        "reduce",
+        "rescale",
+        "direction",
+        "exps",
+        "preference_loss",
+        "degree_loss",
+        "bradley",
+    ):
         rows = aot.report(archs=(arch,), kernels=name)
         assert rows, name
         for row in rows:

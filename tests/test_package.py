@@ -24,20 +24,41 @@ LAYERS = {
     0: {"_checks", "key_content", "loss_table"},
     1: {
         "_call",
+        "_pair_checks",
+        "_pairs",
         "_plan_models",
         "planner",
         "reference",
-        "reference_losses",
+        "reference_bradley_terry",
+        "reference_degree",
+        "reference_preference",
+        "reference_unpaired_listwise",
         "kernels",
         "kernels.device",
         "kernels.tiles",
     },
-    2: {"_tiled_torch", "_torch_losses", "kernels.aot"},
-    3: {"degree_loss", "linear_logprob", "preference_loss"},
+    2: {
+        "_tiled_torch",
+        "_torch_bradley_terry",
+        "_torch_degree",
+        "_torch_listwise",
+        "_torch_preference",
+        "_torch_preference_terms",
+        "_torch_unpaired",
+        "kernels.aot",
+    },
+    3: {
+        "bradley_terry_loss",
+        "degree_loss",
+        "linear_logprob",
+        "listwise_preference_loss",
+        "preference_loss",
+        "unpaired_preference_loss",
+    },
     4: {"", "collator"},
     5: {"cli"},
 }
-REFERENCES = {"reference", "reference_losses"}
+REFERENCES = {name for name in LAYERS[1] if name.startswith("reference")}
 ADAPTED = {"accelerate", "datasets", "peft", "tokenizers", "transformers", "trl"}
 
 
@@ -57,7 +78,7 @@ def layer_of(module: str) -> int:
 
 
 def is_backend(module: str) -> bool:
-    return module in {"_tiled_torch", "_torch_losses"} or module.startswith("kernels.")
+    return module.startswith(("_tiled_torch", "_torch_", "kernels."))
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, ast.stmt]]:

@@ -1,444 +1,234 @@
-"""``preference_loss``: both backends against the fp64 reference, TRL's own loss, and the faults."""
+"""``preference_loss``: values and gradients of every type against the fp64 reference."""
 
+import inspect
 import math
-from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracle import assert_within_budget
-from torch.utils.checkpoint import checkpoint
+from preference_cases import BLOCK_P, MIXES, OPTIONS, compare, leaves_of, make_case
 
-import spo_kernels
 from spo_kernels import preference_loss
-from spo_kernels.loss_table import LOSS_TYPE_NAMES, LOSS_TYPES
-from spo_kernels.reference_losses import preference_loss_reference
-
-BLOCK_P = 128
-MIXES = [
-    *((name, None) for name in LOSS_TYPE_NAMES),
-    (list(LOSS_TYPE_NAMES), [0.5 + i for i in range(len(LOSS_TYPE_NAMES))]),
-]
-pair_counts = st.one_of(
-    st.sampled_from([1, BLOCK_P - 1, BLOCK_P, BLOCK_P + 1, 2 * BLOCK_P + 3]), st.integers(0, 40)
+from spo_kernels.loss_table import (
+    F_DIVERGENCES,
+    LOSS_TYPE_NAMES,
+    LOSS_TYPES,
+    PARAMETERS,
+    loss_type_of,
 )
+from spo_kernels.reference_preference import preference_loss_reference
 
-
-def make_pairs(P, *, dtype=torch.float32, seed=0):
-    """Random log-probs of whole completions and their lengths, some of them 0."""
-    generator = torch.Generator().manual_seed(seed)
-    base = -100.0 * torch.rand(2, P, generator=generator)
-    moved = base + 8.0 * torch.randn(2, P, generator=generator)
-    tensors = {
-        "chosen_logps": moved[0].to(dtype),
-        "rejected_logps": moved[1].to(dtype),
-        "ref_chosen_logps": base[0].to(dtype),
-        "ref_rejected_logps": base[1].to(dtype),
-    }
-    lengths = torch.randint(0, 60, (2, P), generator=generator)
-    return tensors, {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
-
-
-def run(call, tensors, upstream, **settings):
-    """Return the outputs and the policy's gradients under ``upstream``, by name."""
-    leaves = {
-        name: t.clone().requires_grad_(not name.startswith("ref")) for name, t in tensors.items()
-    }
-    out = call(**leaves, **settings)
-    out = out if isinstance(out, dict) else out._asdict()
-    out["losses"].backward(upstream.to(out["losses"].device, out["losses"].dtype))
-    grads = {f"grad_{n}": t.grad for n, t in leaves.items() if not n.startswith("ref")}
-    return {**out, **grads}
-
-
-def compare(backend, tensors, lengths, upstream, **settings):
-    """Hold every output and gradient of ``backend`` to the budget."""
-    name, device = backend
-    oracle = run(
-        preference_loss_reference,
-        {n: t.double() for n, t in tensors.items()},
-        upstream.double(),
-        **lengths,
-        **settings,
-    )
-    eager = run(preference_loss_reference, tensors, upstream, **lengths, **settings)
-    actual = run(
-        preference_loss,
-        {n: t.to(device) for n, t in tensors.items()},
-        upstream,
-        **{n: t.to(device) for n, t in lengths.items()},
-        **settings,
-        backend=name,
-    )
-    for field, value in actual.items():
-        label = f"preference_loss[{name}].{field} {settings}"
-        assert_within_budget(label, value.cpu(), eager[field], oracle[field])
-    return actual
+pair_counts = st.one_of(st.sampled_from([BLOCK_P - 1, BLOCK_P + 1]), st.integers(12, 40))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("loss_type", "loss_weights"), MIXES)
-@settings(max_examples=4)
+@pytest.mark.parametrize("names", MIXES, ids=lambda names: "+".join(names)[:40])
+@settings(max_examples=2)
 # an empty batch never launches, and gives gradients of shape (0,)
-@example(P=0, beta=0.1, seed=0)
-@given(P=pair_counts, beta=st.sampled_from([0.01, 0.1, 2.0]), seed=st.integers(0, 99))
-def test_forward_and_gradients(backend, dtype, loss_type, loss_weights, P, beta, seed):
-    """Every type and a mix of all, with and without a reference, under a random upstream."""
-    tensors, lengths = make_pairs(P, dtype=dtype, seed=seed)
-    upstream = torch.randn(P, generator=torch.Generator().manual_seed(seed))
-    mix = {"loss_type": loss_type, "loss_weights": loss_weights, "beta": beta}
-    compare(backend, tensors, lengths, upstream, **mix)
+@example(P=0, beta=0.1, form="sums", seed=0)
+@given(
+    P=pair_counts,
+    beta=st.sampled_from([0.05, 0.1, 1.0]),
+    form=st.sampled_from(["sums", "rows", "offsets"]),
+    seed=st.integers(0, 99),
+)
+def test_forward_and_gradients(backend, dtype, names, P, beta, form, seed):
+    """Every type and mixes of them, in every form, bare and with all extras, random upstream."""
+    if form != "sums":
+        # a program a pair: the interpreter needs a while for each
+        P = 8
+    generator = torch.Generator().manual_seed(seed)
+    upstream = torch.randn(P, generator=generator)
+    weights = (0.5 + torch.rand(len(names), generator=generator)).tolist()
+    mix = {"loss_type": names, "loss_weights": weights, "beta": beta, **OPTIONS}
+    tensors, inputs = make_case(names, P, form=form, dtype=dtype, seed=seed, extras=True)
+    compare(backend, tensors, upstream, **inputs, **mix)
+    tensors, inputs = make_case(names, P, form=form, dtype=dtype, seed=seed)
     without_reference = {n: t for n, t in tensors.items() if not n.startswith("ref")}
-    compare(backend, without_reference, lengths, upstream, **mix)
+    compare(backend, without_reference, upstream, **inputs, **mix)
+
+
+@pytest.mark.parametrize("divergence", list(F_DIVERGENCES))
+def test_f_divergences(backend, divergence):
+    """The four divergences, in every type that has them and on token log-probs."""
+    names = tuple(row.name for row in LOSS_TYPES if row.divergence)
+    P = 5
+    upstream = torch.randn(P, generator=torch.Generator().manual_seed(1))
+    for form in ("sums", "rows"):
+        tensors, inputs = make_case(names, P, form=form, seed=3, extras=True, scale=6.0)
+        for coef in (0.5, 1.0, 2.0):
+            mix = {"loss_type": names, **OPTIONS, "f_alpha_divergence_coef": coef}
+            compare(backend, tensors, upstream, f_divergence_type=divergence, **inputs, **mix)
+            if divergence != "alpha_divergence":
+                break
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "alphapo", "alphapo_alpha": 0.0},
+        {"loss_type": "alphapo", "alphapo_alpha": -0.5},
+        {"loss_type": "ada_dpo", "ada_rho": 0.9, "beta": 1.0},
+        {"loss_type": "ada_dpo", "ada_tau_max": math.inf, "beta": 1.0},
+        {"loss_type": "ada_dpo_quadratic", "ada_rho": 1e-3, "ada_tau_max": math.inf, "beta": 1.0},
+        {"loss_type": "dual_clip", "clip_chosen": 0.3, "clip_rejected": 0.2},
+        {"loss_type": "rwr", "rwr_temperature": 0.3, "rwr_max_weight": 2.0},
+        {"loss_type": "discopop", "discopop_tau": 2.0},
+        {"loss_type": "simpo", "simpo_gamma": 0.0, "beta": 2.5},
+    ],
+    ids=str,
+)
+def test_parameters(backend, settings):
+    """Settings at the ends of their ranges."""
+    tensors, inputs = make_case((settings["loss_type"],), 20, seed=5)
+    upstream = torch.randn(20, generator=torch.Generator().manual_seed(2))
+    compare(backend, tensors, upstream, **inputs, **settings)
+
+
+# losses.md's vectors: x is the margin, beta 1
+VECTORS = {
+    "discopop": (
+        [-2.0, -0.3, 0.0, 0.05, 0.3, 2.0],
+        [2.126928, 0.855580, 0.846574, 0.875181, 0.740357, 0.135335],
+        [-0.880797, -0.551917, 0.784264, 0.285404, -0.730840, -0.135335],
+    ),
+}
+
+
+def test_published_vectors(backend):
+    """DiscoPOP's published values and Ada-DPO's constant slopes, to 6 digits."""
+    name, device = backend
+    for loss_type, (margins, values, slopes) in VECTORS.items():
+        chosen = torch.tensor(margins, device=device, requires_grad=True)
+        out = preference_loss(
+            chosen, torch.zeros_like(chosen), loss_type=loss_type, beta=1.0, backend=name
+        )
+        out.losses.sum().backward()
+        torch.testing.assert_close(out.losses.cpu(), torch.tensor(values), rtol=0, atol=1e-6)
+        torch.testing.assert_close(chosen.grad.cpu(), torch.tensor(slopes), rtol=0, atol=2e-6)
+    roots = {0.05: 0.64898, 0.1: 0.94344, 0.3: 1.86962, 0.5: 2.98324}
+    for rho, root in roots.items():
+        chosen = torch.tensor([1.0, -1.0], device=device, requires_grad=True)
+        out = preference_loss(
+            chosen,
+            torch.zeros_like(chosen),
+            loss_type="ada_dpo",
+            beta=1.0,
+            ada_rho=rho,
+            ada_tau_max=5.0,
+            backend=name,
+        )
+        out.losses.sum().backward()
+        slope = -1 / (1 + math.exp(root))
+        expected = torch.tensor([slope, -1 - slope])
+        torch.testing.assert_close(chosen.grad.cpu(), expected, rtol=0, atol=2e-6)
+        # the definition: no temperature of a fine grid does better
+        tau = torch.linspace(0.1, 5.0, 4000, dtype=torch.float64)
+        grid = tau * torch.nn.functional.softplus(-1 / tau) + (rho - math.log(2)) * tau
+        assert out.losses[0].item() == pytest.approx(grid.min().item(), abs=1e-6)
 
 
 def test_reference_and_table():
     """The oracle has the values computed by hand, and every row of the table is served."""
     c, r = torch.tensor([-2.0], dtype=torch.float64), torch.tensor([-7.0], dtype=torch.float64)
-    lengths = {"chosen_lengths": torch.tensor([4]), "rejected_lengths": torch.tensor([0])}
+    lengths = {"chosen_lengths": torch.tensor([4]), "rejected_lengths": torch.tensor([2])}
+
+    def sp(t):
+        return math.log1p(math.exp(t))
+
+    def s(t):
+        return 1 / (1 + math.exp(-t))
+
+    def odds(t):
+        return t - math.log(1 - math.exp(t))
+
+    # beta 0.1, so m = 0.5, beta c = -0.2, beta r = -0.7; label smoothing 0.1
     by_hand = {
-        # beta (c - r) = 0.5
-        "sigmoid": math.log1p(math.exp(-0.5)),
+        "sigmoid": sp(-0.5),
         "hinge": 0.5,
-        # -2 / 4 + 7 / 1 - 1 / 0.2
-        "ipo": 1.5**2,
+        # -2 / 4 + 7 / 2 - 1 / 0.2
+        "ipo": 2.0**2,
+        "exo_pair": s(0.5) * math.log(s(0.5) / 0.9) + s(-0.5) * math.log(s(-0.5) / 0.1),
+        "nca_pair": sp(0.2) + 0.5 * sp(-0.2) + 0.5 * sp(-0.7),
+        "robust": (0.9 * sp(-0.5) - 0.1 * sp(0.5)) / 0.8,
+        "bco_pair": sp(0.2) + sp(-0.7),
+        # (-2 - 5)^2 + (-7 + 5)^2
+        "sppo_hard": 53.0,
+        "aot": 0.9 * sp(-0.5) + 0.1 * sp(0.5),
+        "aot_unpaired": 0.9 * sp(-0.5) + 0.1 * sp(0.5),
+        "apo_zero": s(0.2) + s(-0.7),
+        "apo_down": s(-0.2) + s(-0.5),
+        "discopop": s(-10) * sp(-0.5) + s(10) * math.exp(-0.5),
+        # 0.1 (-2 / 4 + 7 / 2)
+        "sigmoid_norm": sp(-0.3),
+        "cpo": 0.9 * sp(-0.5) + 0.1 * sp(0.5),
+        "cell": 0.5 * math.exp(-0.5) + 0.5 * sp(-0.5),
+        "padll": 0.9 * sp(-0.5),
+        "pfl": 0.5 * sp(-0.5),
+        # one pair is its own mean: u = 10
+        "aql": s(0.5 + 0.01 * (s(10) - 0.5) - 10) * sp(-0.5) + s(9.5 - 0.01 * (s(10) - 0.5)) * 0.5,
+        "aqfl": s(0.1 * (10 - 0.05 * s(10))) * sp(-0.5) + s(-0.1 * (10 - 0.05 * s(10))) * 0.5,
+        "dbaql": 0.5 * sp(-0.5 / 0.9) + 0.5 * math.exp(-0.45),
+        # tau = 0.5 / 0.943443 = 0.529974
+        "ada_dpo": 0.529974 * sp(-0.5 / 0.529974) + (0.1 - math.log(2)) * 0.529974,
+        "dual_clip": sp(-0.5),
+        # both lengths are of one pair: the mean over its tokens
+        "sft": 0.5,
+        "rpo": 2.0,
+        "rpo_mean": 0.5,
+        # z = 0.1 (-0.5 + 3.5) - 0.5
+        "simpo": 0.9 * sp(0.2) + 0.1 * sp(-0.2),
+        "orpo": 0.1 * sp(odds(-3.5) - odds(-0.5)),
+        # rewards 0 and 1: (2 + 7 e) / 6
+        "rwr": (2 + 7 * math.e) / 6,
+        # response 3, reference 1, 6 tokens
+        "selm": -0.2,
+        "nll": 0.5,
     }
+    g_c, g_r = ((1 - math.exp(-0.25 * t)) / 0.25 for t in (-0.5, -3.5))
+    z = 0.1 * (g_c - g_r) - 0.5
+    by_hand["alphapo"] = 0.9 * sp(-z) + 0.1 * sp(z)
+    taus = [0.1 + i * 1e-5 for i in range(390_000)]
+    by_hand["ada_dpo_quadratic"] = min(t * (sp(-0.5 / t) + 0.1 * t - math.log(2)) for t in taus)
     assert set(by_hand) == set(LOSS_TYPE_NAMES)
     for name, value in by_hand.items():
+        extra = {"reward_chosen": torch.zeros(1), "reward_rejected": torch.ones(1)}
+        if "response" in loss_type_of(name).inputs:
+            extra |= {
+                "response_logps": torch.tensor([-3.0], dtype=torch.float64),
+                "ref_response_logps": torch.tensor([-1.0], dtype=torch.float64),
+                "response_lengths": torch.tensor([6]),
+            }
         for call in (preference_loss_reference, preference_loss):
-            out = call(c, r, loss_type=name, beta=0.1, **lengths)
+            out = call(c, r, loss_type=name, **lengths, **OPTIONS, **extra)
             losses = (out if isinstance(out, dict) else out._asdict())["losses"]
-            assert losses.item() == pytest.approx(value, rel=1e-12)
+            assert losses.item() == pytest.approx(value, rel=2e-6), (name, call)
 
     assert len({row.id for row in LOSS_TYPES}) == len(LOSS_TYPES)
+    doc = " ".join(preference_loss.__doc__.split())
+    signature = inspect.signature(preference_loss).parameters
     for row in LOSS_TYPES:
-        assert f"{row.name}: {row.formula}" in " ".join(preference_loss.__doc__.split())
+        assert f"{row.name}: {row.formula}" in doc
+        assert set(row.parameters) <= set(signature)
+    for parameter in PARAMETERS:
+        assert signature[parameter.name].default == parameter.default
 
-    tensors, lengths = make_pairs(5, dtype=torch.float64)
-    leaves = [t.requires_grad_(not n.startswith("ref")) for n, t in tensors.items()]
-    for call in (preference_loss_reference, preference_loss):
-        for loss_type, loss_weights in MIXES:
 
-            def losses(*args, call=call, mix=(loss_type, loss_weights)):
-                out = call(*args, loss_type=mix[0], loss_weights=mix[1], **lengths)
+@pytest.mark.parametrize("form", ["sums", "rows", "offsets"])
+def test_gradcheck(form):
+    """The torch backend and the reference have each other's derivative, in fp64."""
+    for names in MIXES:
+        tensors, inputs = make_case(names, 4, form=form, dtype=torch.float64, seed=7, extras=True)
+        # WPO's weights depend on the log-probs, but have no gradient
+        inputs = {name: value for name, value in inputs.items() if "sum_sq" not in name}
+        leaves = leaves_of(tensors)
+        mine = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        for call in (preference_loss_reference, preference_loss):
+
+            def losses(*args, call=call, leaves=leaves, mine=mine, names=names, inputs=inputs):
+                given = {**leaves, **dict(zip(mine, args, strict=True))}
+                out = call(**given, **inputs, loss_type=names, **OPTIONS)
                 return out["losses"] if isinstance(out, dict) else out.losses
 
-            assert torch.autograd.gradcheck(losses, leaves)
-
-
-def test_needs_input_grad(backend):
-    """Row 21: a frozen side gets no gradient and the values keep their bits."""
-    name, device = backend
-    tensors, lengths = make_pairs(9)
-    values = []
-    for needs in ((True, True), (True, False), (False, True), (False, False)):
-        leaves = [t.to(device).clone() for t in tensors.values()]
-        for leaf, need in zip(leaves, needs, strict=False):
-            leaf.requires_grad_(need)
-        out = preference_loss(*leaves, backend=name)
-        assert not out.chosen_rewards.requires_grad and not out.rejected_rewards.requires_grad
-        assert out.losses.requires_grad == any(needs)
-        if any(needs):
-            out.losses.sum().backward()
-        assert tuple(leaf.grad is not None for leaf in leaves) == (*needs, False, False)
-        values.append(out.losses.detach())
-    assert all(torch.equal(values[0], value) for value in values[1:])
-
-
-def test_edges(backend, poisoned_empty):
-    """Rows 2, 3, 4, 10, 11, 32: empty, all masked, no tokens, NaN, fp16 extremes, exact zero."""
-    name, device = backend
-
-    def losses(chosen, rejected, *refs, dtype=torch.float32, lengths=(3, 3), **kwargs):
-        to = [torch.tensor(t, dtype=dtype, device=device) for t in (chosen, rejected, *refs)]
-        leaves = [t.requires_grad_(i < 2) for i, t in enumerate(to)]
-        counts = [torch.full((len(chosen),), n, device=device) for n in lengths]
-        out = preference_loss(
-            *leaves, chosen_lengths=counts[0], rejected_lengths=counts[1], backend=name, **kwargs
-        )
-        out.losses.sum().backward()
-        return out, leaves[0].grad, leaves[1].grad
-
-    for loss_type, loss_weights in MIXES:
-        mix = {"loss_type": loss_type, "loss_weights": loss_weights}
-        # every label ignored: the log-probs are 0, so is the length, and the loss stays connected
-        out, *grads = losses([0.0], [0.0], [0.0], [0.0], lengths=(0, 0), **mix)
-        assert all(t.isfinite().all() for t in (out.losses, *grads))
-        out, *grads = losses([-5.0, math.nan, -6.0], [-9.0, -1.0, -2.0], **mix)
-        assert out.losses.isnan().tolist() == [False, True, False]
-        assert all(grad[[0, 2]].isfinite().all() for grad in grads)
-        # the difference of two fp16 log-probs leaves fp16's range
-        out, *grads = losses(
-            [-65504.0], [65504.0], dtype=torch.float16, lengths=(99, 99), beta=0.01, **mix
-        )
-        assert all(t.isfinite().all() for t in (out.losses, *grads))
-        for margin in (-1e4, 1e4):
-            out, *grads = losses([margin], [0.0], **mix)
-            assert all(t.isfinite().all() for t in (out.losses, *grads))
-        out, *grads = losses([], [], [], [], **mix)
-        assert out.losses.shape == grads[0].shape == (0,)
-
-    # policy equal to reference
-    same = torch.randn(50, generator=torch.Generator().manual_seed(1)).mul(300).tolist()
-    out, grad, _ = losses(same, same[::-1], same, same[::-1])
-    assert torch.equal(out.chosen_rewards - out.rejected_rewards, torch.zeros_like(out.losses))
-    assert out.losses.unique().numel() == 1
-    assert out.losses[0].item() == pytest.approx(math.log(2.0), abs=1e-7)
-    # the kink of the hinge is margin 1
-    out, grad, _ = losses([10.0, 9.9], [0.0, 0.0], loss_type="hinge", beta=0.1)
-    assert out.losses[0].item() == 0.0 and grad[0].item() == 0.0 and grad[1].item() < 0.0
-
-
-def test_noncontiguous(backend):
-    """Rows 12, 13, 15: views give the bits of their copies; any upstream, also stride 0."""
-    name, device = backend
-    base = torch.randn(4, 40, generator=torch.Generator().manual_seed(3)).to(device) * 9
-    views = [base[0, ::2], base[1:3].T[:20, 0], base[2, 5].expand(20), base[3].narrow(0, 7, 20)]
-
-    def grads_of(tensors, upstream):
-        leaves = [t.detach().requires_grad_(i < 2) for i, t in enumerate(tensors)]
-        loss = preference_loss(*leaves, loss_type=["sigmoid", "hinge"], backend=name).losses
-        return loss, torch.stack(torch.autograd.grad(loss, leaves[:2], upstream))
-
-    upstream = torch.randn(20, generator=torch.Generator().manual_seed(4)).to(device)
-    loss, grads = grads_of(views, upstream)
-    copy_loss, copy_grads = grads_of([t.contiguous() for t in views], upstream)
-    assert torch.equal(loss, copy_loss) and torch.equal(grads, copy_grads)
-    strided = upstream.new_zeros(40)[::2].copy_(upstream)
-    assert torch.equal(grads_of(views, strided)[1], grads)
-    assert torch.equal(grads_of(views, upstream * 4)[1], grads * 4)
-    assert not grads_of(views, upstream * 0)[1].any()
-    # y.mean().backward() sends an expanded scalar
-    mean = grads_of(views, torch.tensor(1 / 20, device=device).expand(20))[1]
-    assert torch.equal(mean, grads_of(views, torch.full((20,), 1 / 20, device=device))[1])
-
-
-def test_autograd_contract(backend, poisoned_empty):
-    """Rows 19, 20, 22, 33: two backwards, no double backward, checkpointing, same bits each run."""
-    name, device = backend
-    tensors, lengths = make_pairs(BLOCK_P + 5)
-    lengths = {n: t.to(device) for n, t in lengths.items()}
-    mix = {"loss_type": list(LOSS_TYPE_NAMES), "backend": name, **lengths}
-    leaves = [t.to(device).requires_grad_(not n.startswith("ref")) for n, t in tensors.items()]
-
-    def losses(*args):
-        return preference_loss(*args, **mix).losses
-
-    first = losses(*leaves)
-    upstream = torch.ones_like(first)
-    grads = torch.autograd.grad(first, leaves[:2], upstream, retain_graph=True)
-    kept = [grad.clone() for grad in grads]
-    twice = torch.autograd.grad(first, leaves[:2], upstream * 2, retain_graph=True)
-    for grad, before, double in zip(grads, kept, twice, strict=True):
-        assert torch.equal(grad, before) and torch.equal(double, 2 * before)
-    for _ in range(2):
-        again = losses(*leaves)
-        assert torch.equal(again, first)
-        again_grads = torch.autograd.grad(again, leaves[:2], upstream)
-        assert all(torch.equal(a, b) for a, b in zip(again_grads, kept, strict=True))
-    for use_reentrant in (False, True):
-        out = checkpoint(losses, *leaves, use_reentrant=use_reentrant)
-        for leaf in leaves[:2]:
-            leaf.grad = None
-        out.sum().backward()
-        assert all(torch.equal(a.grad, b) for a, b in zip(leaves, kept, strict=False))
-
-    with pytest.raises(RuntimeError, match="once_differentiable: double backward"):
-        torch.autograd.grad(losses(*leaves).square().sum(), leaves[0], create_graph=True)
-
-
-def test_compile():
-    """Row 24: the torch backend is one graph."""
-    tensors, lengths = make_pairs(7)
-    leaves = [t.requires_grad_(not n.startswith("ref")) for n, t in tensors.items()]
-
-    def losses(*args):
-        return preference_loss(*args, loss_type=list(LOSS_TYPE_NAMES), **lengths).losses
-
-    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
-    eager_grads = torch.autograd.grad(losses(*leaves).sum(), leaves[:2])
-    grads = torch.autograd.grad(compiled(*leaves).sum(), leaves[:2])
-    assert all(torch.allclose(a, b) for a, b in zip(grads, eager_grads, strict=True))
-
-
-def test_errors(backend):
-    """Rows 5, 14, 26: one clear sentence for each mistake, before anything is allocated."""
-    name, device = backend
-    two, three = torch.zeros(2, device=device), torch.zeros(3, device=device)
-    count = torch.ones(2, dtype=torch.int64, device=device)
-
-    def refuse(error, text, *args, **kwargs):
-        with pytest.raises(error) as raised:
-            preference_loss(*args, backend=name, **kwargs)
-        assert str(raised.value) == f"preference_loss: {text}"
-
-    refuse(
-        ValueError,
-        "rejected_logps must have shape [P] with P=2 like chosen_logps, got (1,). "
-        "A chosen/rejected batch must be even, got B=3.",
-        *three.chunk(2),
-    )
-    refuse(
-        ValueError,
-        "ref_chosen_logps must have shape [P] with P=2 like chosen_logps, got (3,)",
-        two,
-        two,
-        three,
-        three,
-    )
-    refuse(ValueError, "chosen_logps must have shape [P], got (1, 2)", two[None], two[None])
-    refuse(
-        ValueError,
-        "ref_rejected_logps must be given where ref_chosen_logps is, got None",
-        *[two] * 3,
-    )
-    refuse(
-        ValueError,
-        "loss_type must be one of 'hinge', 'ipo', 'sigmoid', got 'dpo'",
-        two,
-        two,
-        loss_type="dpo",
-    )
-    refuse(
-        TypeError,
-        "loss_type must be a name or a non-empty sequence of names, got []",
-        two,
-        two,
-        loss_type=[],
-    )
-    refuse(
-        ValueError,
-        "chosen_lengths must be given for loss_type='ipo', got None",
-        two,
-        two,
-        loss_type=["hinge", "ipo"],
-        rejected_lengths=count,
-    )
-    refuse(
-        ValueError,
-        "loss_weights must have one weight for each of 1 types, got [1.0, 2.0]",
-        two,
-        two,
-        loss_weights=[1.0, 2.0],
-    )
-    refuse(ValueError, "loss_weights must be finite, got nan", two, two, loss_weights=[math.nan])
-    refuse(ValueError, "beta must be a finite float > 0, got 0", two, two, beta=0)
-    refuse(ValueError, "beta must be a finite float > 0, got inf", two, two, beta=math.inf)
-    refuse(TypeError, "beta must be a Python float, got Tensor", two, two, beta=two[0])
-    refuse(TypeError, "rejected_logps must be a tensor, got list", two, [0.0, 0.0])
-    refuse(
-        TypeError,
-        "rejected_logps must have dtype float32 like chosen_logps, got float16",
-        two,
-        two.half(),
-    )
-    refuse(
-        TypeError,
-        "chosen_logps must have dtype bfloat16, float16, float32, float64, got int64",
-        count,
-        count,
-    )
-    refuse(
-        TypeError,
-        "chosen_lengths must have dtype int32, int64, got float32",
-        two,
-        two,
-        chosen_lengths=two,
-        rejected_lengths=two,
-    )
-    refuse(
-        ValueError,
-        f"rejected_logps must be on {two.device} like chosen_logps, got meta",
-        two,
-        two.to("meta"),
-    )
-    if name == "triton":
-        refuse(
-            TypeError,
-            "chosen_logps must have dtype bfloat16, float16, float32 on backend='triton', "
-            "got float64. Use backend='torch'.",
-            two.double(),
-            two.double(),
-        )
-
-
-@pytest.mark.parametrize(("loss_type", "loss_weights"), MIXES)
-def test_agrees_with_trl(backend, loss_type, loss_weights):
-    """The batch loss and its gradient are those of TRL's own DPOTrainer on the same log-probs."""
-    dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
-    name, device = backend
-    P, T = 6, 9
-    names, weights = (loss_type, loss_weights) if loss_weights else ([loss_type], [1.0])
-    generator = torch.Generator().manual_seed(5)
-    mask = torch.zeros(2 * P, T, dtype=torch.int64)
-    for row, length in enumerate(torch.randint(1, T - 1, (2 * P,), generator=generator).tolist()):
-        mask[row, T - length :] = 1
-    # TRL's mask covers the ids, whose log-probs start one position later
-    logps = -torch.rand(2 * P, T - 1, generator=generator) * 3 * mask[:, 1:]
-    refs = -torch.rand(2, P, generator=generator) * 3 * mask.sum(1).view(2, P)
-
-    leaf = logps.clone().requires_grad_()
-    zeros = torch.zeros_like(logps)
-    model_output = SimpleNamespace(
-        log_probs=leaf, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
-    )
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(
-            device=torch.device("cpu"), gather=lambda t: t, gather_for_metrics=lambda t: t
-        ),
-        aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=names,
-        loss_weights=weights,
-        beta=0.1,
-        use_weighting=False,
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    inputs = {
-        "input_ids": torch.zeros_like(mask),
-        "attention_mask": torch.ones_like(mask),
-        "completion_mask": mask,
-        "ref_chosen_logps": refs[0],
-        "ref_rejected_logps": refs[1],
-    }
-    expected = dpo_trainer.DPOTrainer._compute_loss(
-        trainer, lambda **kwargs: model_output, inputs, return_outputs=False
-    )
-    expected.backward()
-
-    ours = logps.to(device).requires_grad_()
-    chosen, rejected = ours.sum(1).chunk(2)
-    lengths = mask.sum(1).to(device)
-    out = preference_loss(
-        chosen,
-        rejected,
-        *refs.to(device),
-        loss_type=loss_type,
-        loss_weights=loss_weights,
-        beta=0.1,
-        chosen_lengths=lengths[:P],
-        rejected_lengths=lengths[P:],
-        backend=name,
-    )
-    out.losses.mean().backward()
-    torch.testing.assert_close(out.losses.mean().cpu(), expected.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ours.grad.cpu(), leaf.grad, rtol=1e-5, atol=1e-7)
-    accuracy = (out.chosen_rewards > out.rejected_rewards).float().mean().item()
-    assert trainer._metrics["train"]["rewards/accuracies"] == [pytest.approx(accuracy)]
-
-
-def test_public_name():
-    """The op and its output type are the package's."""
-    assert spo_kernels.preference_loss is preference_loss
-    assert spo_kernels.PreferenceLossOutput._fields == (
-        "losses",
-        "chosen_rewards",
-        "rejected_rewards",
-    )
+            assert torch.autograd.gradcheck(losses, [leaves[name] for name in mine]), (names, call)

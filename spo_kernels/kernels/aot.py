@@ -19,16 +19,30 @@ from triton.compiler import ASTSource
 
 from spo_kernels._plan_models import SUB_TILE_V
 from spo_kernels.kernels import (
+    bradley_terry_loss,
     degree_loss,
     degree_loss_bwd,
     linear_logprob,
     linear_logprob_bwd,
     linear_logprob_rows,
+    listwise_preference_loss,
     logits_tile,
     preference_loss,
+    preference_loss_bwd,
+    unpaired_preference_loss,
+    unpaired_preference_loss_bwd,
 )
+from spo_kernels.kernels.pair_tokens import SidePointers, blocks
 from spo_kernels.kernels.tiles import TILES, Tile
-from spo_kernels.loss_table import LOSS_TYPES, Parameters
+from spo_kernels.loss_table import (
+    LISTWISE_LOSS_TYPES,
+    LOSS_TYPES,
+    MAX_BATCH_PAIRS,
+    UNPAIRED_LOSS_TYPES,
+    ListwiseParameters,
+    Parameters,
+    UnpairedParameters,
+)
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 # shared memory one block may use
@@ -70,8 +84,12 @@ _POINTERS = {
     "is_top1_ptr": "*i1",
     "view_mask_ptr": "*i1",
     "top1_ptr": "*i32",
-    "chosen_lengths_ptr": "*i64",
-    "rejected_lengths_ptr": "*i64",
+    "is_correct_ptr": "*i1",
+    "mask_ptr": "*i1",
+    "counted_ptr": "*i1",
+    "is_desirable_ptr": "*i1",
+    "tails_ptr": "*i64",
+    "ranks_ptr": "*i32",
     "correct_views_ptr": "*i32",
     "counted_views_ptr": "*i32",
 }
@@ -85,7 +103,33 @@ _COMPUTE_DTYPE = {
     "hidden_ptr",
     "grad_hidden_ptr",
 }
-_FLOATS = {"scale", "softcap", "inv_t", "outer", "slope"}
+_FLOATS = {"scale", "softcap", "inv_t", "outer", "slope", "ld_alpha", "divergence_power", "center"}
+
+_SIZES = {"row_tokens": "i32", "all_tokens": "i32"}
+_SUMS_SIDE = SidePointers(
+    tokens="constexpr",
+    sums="*fp32",
+    ref_tokens="constexpr",
+    ref_sums="*fp32",
+    square_tokens="constexpr",
+    square_sums="*fp32",
+    mask="constexpr",
+    offsets="constexpr",
+    lengths="*i64",
+    **_SIZES,
+)
+_TOKENS_SIDE = SidePointers(
+    tokens="*fp32",
+    sums="constexpr",
+    ref_tokens="*fp32",
+    ref_sums="constexpr",
+    square_tokens="*fp32",
+    square_sums="constexpr",
+    mask="*u8",
+    offsets="*i64",
+    lengths="constexpr",
+    **_SIZES,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +226,9 @@ def _cases(archs: tuple[str, ...]) -> Iterator[_Case]:
                 num_warps=4,
                 num_stages=num_stages,
                 shared_limit_bytes=SHARED_LIMIT_BYTES[arch],
-                # softplus needs its compensated sums as written
-                fp_fusion=kernel is not preference_loss._preference_loss_fwd_kernel,
             )
+        yield from _preference_cases(arch)
+        yield from _list_cases(arch)
 
 
 def _small_kernels() -> Iterator[tuple[Any, str, dict[str, Any], int]]:
@@ -213,16 +257,6 @@ def _small_kernels() -> Iterator[tuple[Any, str, dict[str, Any], int]]:
         kernel = linear_logprob_bwd._linear_logprob_bwd_exps_kernel
         yield kernel, f"bf16 entropy {entropy}", {**switches, **blocks}, 3
 
-    ids = tuple(loss.id for loss in LOSS_TYPES)
-    for losses in ((ids[0],), ids):
-        constexprs = {
-            "LOSSES": losses,
-            "HAS_REF": True,
-            "HAS_LENGTHS": len(losses) > 1,
-            "BLOCK_P": preference_loss.BLOCK_P,
-        }
-        kernel = preference_loss._preference_loss_fwd_kernel
-        yield kernel, f"fp32 {len(losses)} types", constexprs, 3
     blocks = {"BLOCK_H": degree_loss.BLOCK_H, "BLOCK_K": degree_loss.BLOCK_K}
     for dtype in ("bf16", "fp32"):
         constexprs = {**blocks, "BLOCK_N": degree_loss.BLOCK_N, "BLOCK_S": degree_loss.BLOCK_S}
@@ -242,9 +276,111 @@ def _small_kernels() -> Iterator[tuple[Any, str, dict[str, Any], int]]:
     yield degree_loss_bwd._degree_loss_bwd_head_kernel, "fp32", constexprs, 3
 
 
+def _preference_cases(arch: str) -> Iterator[_Case]:
+    """Yield launches of ``preference_loss`` in which every loss type and every input takes part."""
+    own = tuple(loss.id for loss in LOSS_TYPES if not loss.batch)
+    every = tuple(loss.id for loss in LOSS_TYPES)
+    fwd = preference_loss._preference_loss_fwd_kernel
+    bwd = preference_loss_bwd._preference_loss_bwd_kernel
+    for name, losses, pairs in (
+        ("sigmoid", own[:1], 16),
+        ("own", own, 16),
+        ("every", every, 16),
+        ("every", every, MAX_BATCH_PAIRS),
+    ):
+        for has_tokens in (False, True):
+            for kernel in (fwd, bwd):
+                is_batch = kernel is fwd and name == "every"
+                block_p, block_t, num_warps = blocks(pairs, has_tokens, is_batch)
+                constexprs = {"LOSSES": losses, "BLOCK_P": block_p, "BLOCK_T": block_t}
+                if kernel is fwd:
+                    constexprs |= {"DIVERGENCE": 1, "HAS_RESPONSE": name != "sigmoid"}
+                if not has_tokens:
+                    constexprs["tails_ptr"] = None
+                if not (has_tokens and is_batch):
+                    constexprs["scratch_ptr"] = None
+                if name == "sigmoid":
+                    absent = ("response", "pair_weights_ptr", "grad_response_ptr")
+                    constexprs |= dict.fromkeys(absent)
+                constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
+                side = _TOKENS_SIDE if has_tokens else _SUMS_SIDE
+                signature = _signature(kernel, constexprs, "fp32", None, side)
+                for place, argument in enumerate(signature.values()):
+                    if argument is side:
+                        absent = (k for k, kind in enumerate(side) if kind == "constexpr")
+                        constexprs |= {(place, k): None for k in absent}
+                yield _Case(
+                    kernel=kernel,
+                    arch=arch,
+                    tile=f"fp32 {pairs} pairs, {'tokens' if has_tokens else 'sums'} {name}",
+                    signature=signature,
+                    constexprs=constexprs,
+                    num_warps=num_warps,
+                    num_stages=3,
+                    shared_limit_bytes=SHARED_LIMIT_BYTES[arch],
+                    # softplus needs its compensated sums as written
+                    fp_fusion=False,
+                )
+
+
+def _list_cases(arch: str) -> Iterator[_Case]:
+    """Yield the launches of the Bradley-Terry, unpaired and listwise losses, one a loss type."""
+    found = []
+    kernel = bradley_terry_loss._bradley_terry_loss_fwd_kernel
+    for on in (False, True):
+        blocks_of = {"BLOCK_P": bradley_terry_loss.BLOCK_P}
+        found.append(
+            (kernel, f"extras {on}", {"HAS_MARGINS": on, "HAS_CENTER": on, **blocks_of}, 4)
+        )
+    kernel = listwise_preference_loss._listwise_preference_loss_fwd_kernel
+    for row in LISTWISE_LOSS_TYPES:
+        for block_k, num_warps in listwise_preference_loss.NUM_WARPS.items():
+            constexprs = {"HAS_REF": True, "HAS_MASK": True, "LOSS": row.id, "BLOCK_K": block_k}
+            found.append((kernel, f"{row.name} K {block_k}", constexprs, num_warps))
+    unpaired = unpaired_preference_loss
+    for row in UNPAIRED_LOSS_TYPES:
+        for has_offsets in (False, True):
+            size = unpaired.TOKENS_BLOCKS if has_offsets else unpaired.SUMS_BLOCKS
+            constexprs = {"HAS_OFFSETS": has_offsets, "REF": 1 + has_offsets, "LOSS": row.id}
+            constexprs |= {"BASELINE": 2 - has_offsets, "BLOCK_M": unpaired.BLOCK_M}
+            constexprs |= dict(zip(("BLOCK_S", "BLOCK_T"), size, strict=True))
+            kernel = unpaired._unpaired_preference_loss_fwd_kernel
+            label = f"{row.name} {'tokens' if has_offsets else 'sums'}"
+            found.append((kernel, label, constexprs, unpaired.NUM_WARPS))
+    constexprs = {"HAS_OFFSETS": True, "REF": 2, "BLOCK_S": 1, "BLOCK_T": unpaired.TOKENS_BLOCKS[1]}
+    found.append((unpaired._unpaired_preference_loss_fwd_sums_kernel, "", constexprs, 4))
+    bwd = unpaired_preference_loss_bwd
+    constexprs = {"BLOCK_N": bwd.BLOCK_N}
+    kernel = bwd._unpaired_preference_loss_bwd_tokens_kernel
+    found.append((kernel, "", constexprs, bwd.NUM_WARPS))
+    for kernel, label, constexprs, num_warps in found:
+        signature = _signature(kernel, constexprs, "fp32", None)
+        if "listwise" in kernel.fn.__name__:
+            fields = ListwiseParameters._fields
+            signature["parameters"] = ListwiseParameters(*("fp32",) * len(fields))
+        elif "parameters" in signature:
+            fields = UnpairedParameters._fields
+            signature["parameters"] = UnpairedParameters(*("fp32",) * len(fields))
+        yield _Case(
+            kernel=kernel,
+            arch=arch,
+            tile=f"fp32 {label}".strip(),
+            signature=signature,
+            constexprs=constexprs,
+            num_warps=num_warps,
+            num_stages=3,
+            shared_limit_bytes=SHARED_LIMIT_BYTES[arch],
+            fp_fusion=False,
+        )
+
+
 def _signature(
-    kernel: Any, constexprs: dict[str, Any], dtype: str, tile: Tile | None
-) -> dict[str, str]:
+    kernel: Any,
+    constexprs: dict[str, Any],
+    dtype: str,
+    tile: Tile | None,
+    side: SidePointers | None = None,
+) -> dict[str, Any]:
     """Return the type of every argument; names carry the types (see the pointer comments)."""
     signature = {}
     for name in kernel.arg_names:
@@ -256,6 +392,8 @@ def _signature(
             signature[name] = box if tile.tma else f"*{dtype}"
         elif name in _COMPUTE_DTYPE:
             signature[name] = f"*{dtype}"
+        elif name in ("chosen", "rejected", "response"):
+            signature[name] = side
         elif name == "parameters":
             signature[name] = Parameters(*("fp32",) * len(Parameters._fields))
         elif name == "weights":
@@ -279,6 +417,12 @@ def _compile(case: _Case) -> AotRow:
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(case.signature.items())
         if name in divisible or (isinstance(kind, str) and kind.startswith("*"))
+    } | {
+        (i, k): [["tt.divisibility", 16]]
+        for i, kinds in enumerate(case.signature.values())
+        if isinstance(kinds, tuple)
+        for k, kind in enumerate(kinds)
+        if kind.startswith("*")
     }
     compiled = triton.compile(
         ASTSource(

@@ -1,168 +1,280 @@
-"""Pairwise preference losses and their gradients on sequence log-probs.
+"""Pairwise preference losses and their gradients, from token log-probs or their sums.
 
-    c = chosen - ref_chosen        r = rejected - ref_rejected
-    loss[p]          = sum_i weights[i] * loss_i(c, r, lengths; parameters)
-    grad_chosen[p]   = dloss / dchosen, grad_rejected[p] likewise
-    rewards          = beta * c, beta * r
+    pc, pr   = sums of the policy's log-probs over the tokens that count
+    c, r     = the same minus the reference's; tokens beyond the shared length weigh ld_alpha
+    loss[p]  = w[p] sum_i weights[i] * loss_i(...)
+    grads    = dloss[p] / dscore of both sides, / dplain log-prob of both, / dresponse
+    rewards  = beta * c, beta * r
 
-Symbols: P pairs. One program owns BLOCK_P pairs; all arithmetic is fp32. The formulas of the types
-are in ``loss_table.py``; each has one function here, returning (loss, grad_chosen, grad_rejected).
+Symbols: P pairs. One program owns BLOCK_P pairs and walks their tokens BLOCK_T at a time; a mix
+with a batch type runs as one program that owns all pairs. All arithmetic is fp32. The types are in
+``preference_terms.py``.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from spo_kernels._pairs import GRAD_ROWS, PairCall, PairData, Scored, Side
 from spo_kernels.kernels.device import device_guard
-from spo_kernels.loss_table import Parameters, loss_type_of
+from spo_kernels.kernels.pair_tokens import (
+    SCRATCH_ROWS,
+    blocks,
+    bounds,
+    contiguous,
+    pointers_of,
+    read_side,
+    tail_of,
+    token_count,
+)
+from spo_kernels.kernels.preference_loss_bwd import preference_loss_bwd
+from spo_kernels.kernels.preference_terms import (
+    LARGEST_EXPONENT,
+    POLICY,
+    RESPONSE,
+    SORTED,
+    STATISTIC,
+    Pair,
+    of_pair,
+    of_response,
+    of_statistic,
+    ranked,
+)
+from spo_kernels.kernels.scalar_math import expm1, softplus_and_sigmoid
 
-BLOCK_P = 128
-NUM_WARPS = 4
+__all__ = ["preference_loss_bwd", "preference_loss_fwd"]
 
-_SIGMOID = tl.constexpr(loss_type_of("sigmoid").id)
-_HINGE = tl.constexpr(loss_type_of("hinge").id)
-_IPO = tl.constexpr(loss_type_of("ipo").id)
-
-
-@triton.jit
-def _softplus_and_sigmoid(x):
-    # one exponential that cannot overflow serves both
-    small = tl.exp(-tl.abs(x))
-    one_plus = 1.0 + small
-    # log(1 + small) / (one_plus - 1) is free of the rounding of one_plus
-    is_lost = one_plus == 1.0
-    log1p = tl.where(is_lost, small, tl.log(one_plus) * (small / (one_plus - 1.0 + is_lost)))
-    return tl.maximum(x, 0.0) + log1p, tl.where(x >= 0.0, 1.0, small) / one_plus
-
-
-@triton.jit
-def _sigmoid(c, r, length_c, length_r, parameters):
-    loss, sigmoid = _softplus_and_sigmoid(-parameters.beta * (c - r))
-    grad = -parameters.beta * sigmoid
-    return loss, grad, -grad
-
-
-@triton.jit
-def _hinge(c, r, length_c, length_r, parameters):
-    slack = 1.0 - parameters.beta * (c - r)
-    # not maximum(): it would turn a NaN into 0
-    loss = tl.where(slack <= 0.0, 0.0, slack)
-    # no gradient at the kink itself, like relu
-    grad = tl.where(slack <= 0.0, 0.0, -parameters.beta)
-    return loss, grad, -grad
+_DIVERGENCE_ID = {"reverse_kl": 0, "forward_kl": 1, "js_divergence": 2, "alpha_divergence": 1}
+_JS = tl.constexpr(_DIVERGENCE_ID["js_divergence"])
+_LOG_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _ipo(c, r, length_c, length_r, parameters):
-    error = c / length_c - r / length_r - 0.5 / parameters.beta
-    return error * error, 2.0 * error / length_c, -2.0 * error / length_r
+def _divergence(c, power, DIVERGENCE: tl.constexpr):
+    # f' of the ratio and its slope
+    if DIVERGENCE == 0:
+        return c, tl.full(c.shape, 1.0, tl.float32)
+    if DIVERGENCE == _JS:
+        down, lost = softplus_and_sigmoid(-c)
+        return -(down - _LOG_2), lost
+    exponent = power * c
+    is_cut = exponent > LARGEST_EXPONENT
+    cut = tl.where(is_cut, LARGEST_EXPONENT, exponent)
+    return expm1(cut) / power, tl.where(is_cut, 0.0, tl.exp(cut))
 
 
 @triton.jit
-def _loss_of(c, r, length_c, length_r, parameters, LOSS: tl.constexpr):
-    if LOSS == _SIGMOID:
-        loss, grad_c, grad_r = _sigmoid(c, r, length_c, length_r, parameters)
-    elif LOSS == _HINGE:
-        loss, grad_c, grad_r = _hinge(c, r, length_c, length_r, parameters)
-    else:
-        tl.static_assert(LOSS == _IPO, "a loss id without a kernel function")
-        loss, grad_c, grad_r = _ipo(c, r, length_c, length_r, parameters)
-    return loss, grad_c, grad_r
+def _load_or_zero(ptr, offs_p, mask_p):
+    value = tl.zeros(offs_p.shape, tl.float32)
+    if ptr is not None:
+        value = tl.load(ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)
+    return value
 
 
-@triton.jit
+# P = 1 must stay a value
+@triton.jit(do_not_specialize=["P"])
 def _preference_loss_fwd_kernel(
-    chosen_ptr,  # [P]
-    rejected_ptr,  # [P]
-    ref_chosen_ptr,  # [P], read if HAS_REF
-    ref_rejected_ptr,  # [P], read if HAS_REF
-    chosen_lengths_ptr,  # [P] int, read if HAS_LENGTHS
-    rejected_lengths_ptr,  # [P] int, read if HAS_LENGTHS
+    chosen,  # SidePointers
+    rejected,  # SidePointers
+    response,  # SidePointers or None
+    pair_weights_ptr,  # [P] or None
+    reward_chosen_ptr,  # [P] or None
+    reward_rejected_ptr,  # [P] or None
     losses_ptr,  # [P] fp32, out
-    grads_ptr,  # [2, P] fp32, out: dloss / dchosen, dloss / drejected
     rewards_ptr,  # [2, P] fp32, out: of chosen, of rejected
+    sums_ptr,  # [2, P] fp32, out: the policy's plain log-probs
+    grads_ptr,  # [5, P] fp32, out: see GRAD_ROWS
+    tails_ptr,  # [2, P] int64, out, or None: first token beyond the shared length
+    ranks_ptr,  # [L, 2, P] int32, out, or None
+    rank_grads_ptr,  # [L, 2, P] fp32, out, or None
+    stats_ptr,  # [L, 2, P] fp32, out, or None
+    scratch_ptr,  # [3, SCRATCH_ROWS, P] fp32 or None
     P,
+    ld_alpha,
+    divergence_power,
     parameters,  # Parameters of fp32
     weights,  # one fp32 a loss type
-    HAS_REF: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
     LOSSES: tl.constexpr,  # tuple of ids from loss_table
+    DIVERGENCE: tl.constexpr,
+    HAS_RESPONSE: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     offs_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_p = offs_p < P
 
     # [BLOCK_P]
-    c = tl.load(chosen_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)
-    r = tl.load(rejected_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)
-    if HAS_REF:
-        c -= tl.load(ref_chosen_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)
-        r -= tl.load(ref_rejected_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)
-    if HAS_LENGTHS:
-        length_c = tl.load(chosen_lengths_ptr + offs_p, mask=mask_p, other=1)
-        length_r = tl.load(rejected_lengths_ptr + offs_p, mask=mask_p, other=1)
-        # an empty completion has score 0 and must not divide by 0
-        length_c = tl.maximum(length_c, 1).to(tl.float32)
-        length_r = tl.maximum(length_r, 1).to(tl.float32)
-    else:
-        length_c = tl.full([BLOCK_P], 1.0, tl.float32)
-        length_r = length_c
+    start_c, end_c = bounds(chosen, offs_p, mask_p)
+    start_r, end_r = bounds(rejected, offs_p, mask_p)
+    tail_c = None
+    tail_r = None
+    if tails_ptr is not None:
+        shared = tl.minimum(
+            token_count(chosen.mask, start_c, end_c, BLOCK_T),
+            token_count(rejected.mask, start_r, end_r, BLOCK_T),
+        )
+        tail_c = tail_of(chosen.mask, start_c, end_c, shared, BLOCK_T)
+        tail_r = tail_of(rejected.mask, start_r, end_r, shared, BLOCK_T)
+        tl.store(tails_ptr + offs_p, tail_c, mask=mask_p)
+        tl.store(tails_ptr + P + offs_p, tail_r, mask=mask_p)
+    # no lane reads what another side wrote
+    scratch_r_ptr = scratch_ptr
+    scratch_x_ptr = scratch_ptr
+    if scratch_ptr is not None:
+        scratch_r_ptr = scratch_ptr + SCRATCH_ROWS * P
+        scratch_x_ptr = scratch_ptr + 2 * SCRATCH_ROWS * P
+    score_c, policy_c, ref_c, pc, count_c, square_c = read_side(
+        chosen, start_c, end_c, tail_c, ld_alpha, scratch_ptr, P, offs_p, mask_p, BLOCK_T
+    )
+    score_r, policy_r, ref_r, pr, count_r, square_r = read_side(
+        rejected, start_r, end_r, tail_r, ld_alpha, scratch_r_ptr, P, offs_p, mask_p, BLOCK_T
+    )
+    x, px, count_x = pc, pc, count_c
+    if HAS_RESPONSE:
+        start_x, end_x = bounds(response, offs_p, mask_p)
+        x, _, _, px, count_x, _ = read_side(
+            response, start_x, end_x, None, 1.0, scratch_x_ptr, P, offs_p, mask_p, BLOCK_T
+        )
+    c, slope_c = _divergence(score_c, divergence_power, DIVERGENCE)
+    r, slope_r = _divergence(score_r, divergence_power, DIVERGENCE)
+    # an empty completion has score 0 and must not divide by 0; masked lanes count no tokens
+    len_c, len_r = tl.maximum(count_c, 1.0), tl.maximum(count_r, 1.0)
+    total_c, total_r = tl.sum(count_c, axis=0), tl.sum(count_r, axis=0)
+    pairs = P.to(tl.float32)
+    pair = Pair(
+        c=c,
+        r=r,
+        pc=pc,
+        pr=pr,
+        ratio=policy_c - policy_r,
+        ref_ratio=ref_c - ref_r,
+        len_c=len_c,
+        len_r=len_r,
+        x=x,
+        px=px,
+        reward_c=_load_or_zero(reward_chosen_ptr, offs_p, mask_p),
+        reward_r=_load_or_zero(reward_rejected_ptr, offs_p, mask_p),
+        share_c=pairs / tl.maximum(total_c, 1.0),
+        share_cr=pairs / tl.maximum(total_c + total_r, 1.0),
+        share_x=pairs / tl.maximum(tl.sum(count_x, axis=0), 1.0),
+        mask=mask_p,
+        P=P,
+    )
+    weight = tl.full([BLOCK_P], 1.0, tl.float32)
+    if pair_weights_ptr is not None:
+        weight = tl.load(pair_weights_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)
+    if chosen.square_tokens is not None or chosen.square_sums is not None:
+        weight *= tl.exp((pc - square_c) / len_c + (pr - square_r) / len_r)
+    if reward_chosen_ptr is not None:
+        # a NaN reward must not pass for a filtered pair
+        is_near = tl.abs(pair.reward_c - pair.reward_r) < parameters.min_reward_margin
+        weight = tl.where(is_near, 0.0, weight)
 
-    acc_loss = tl.zeros([BLOCK_P], tl.float32)
-    acc_grad_c = tl.zeros([BLOCK_P], tl.float32)
-    acc_grad_r = tl.zeros([BLOCK_P], tl.float32)
+    loss = tl.zeros([BLOCK_P], tl.float32)
+    # through the scores, through the plain log-probs, through the response
+    grad_c, grad_r, plain_c, plain_r, grad_x = loss, loss, loss, loss, loss
     for i in tl.static_range(len(LOSSES)):
-        loss, grad_c, grad_r = _loss_of(c, r, length_c, length_r, parameters, LOSSES[i])
-        acc_loss += weights[i] * loss
-        acc_grad_c += weights[i] * grad_c
-        acc_grad_r += weights[i] * grad_r
+        scale = weights[i] * weight
+        if LOSSES[i] >= RESPONSE:
+            own, own_x = of_response(pair, parameters, LOSSES[i])
+            grad_x += scale * own_x
+        elif LOSSES[i] >= POLICY:
+            own, own_c, own_r = of_pair(pair, parameters, LOSSES[i])
+            plain_c += scale * own_c
+            plain_r += scale * own_r
+        elif LOSSES[i] >= STATISTIC:
+            own, own_c, own_r, loss_slope, slope = of_statistic(pair, parameters, LOSSES[i])
+            grad_c += scale * own_c
+            grad_r += scale * own_r
+            row_ptr = stats_ptr + 2 * i * P
+            tl.store(row_ptr + offs_p, scale * loss_slope, mask=mask_p)
+            tl.store(row_ptr + P + offs_p, parameters.beta * slope, mask=mask_p)
+        elif LOSSES[i] >= SORTED:
+            own, slope, order_c, order_r = ranked(pair, parameters, LOSSES[i])
+            # lane k holds rank k: its slope belongs to the pairs that have this rank
+            rank = offs_p.to(tl.int32)
+            row_ptr = ranks_ptr + 2 * i * P
+            tl.store(row_ptr + order_c, rank, mask=mask_p)
+            tl.store(row_ptr + P + order_r, rank, mask=mask_p)
+            row_ptr = rank_grads_ptr + 2 * i * P
+            tl.store(row_ptr + order_c, scale * slope, mask=mask_p)
+            tl.store(row_ptr + P + order_r, -(scale * slope), mask=mask_p)
+        else:
+            own, own_c, own_r = of_pair(pair, parameters, LOSSES[i])
+            grad_c += scale * own_c
+            grad_r += scale * own_r
+        loss += scale * own
 
-    tl.store(losses_ptr + offs_p, acc_loss, mask=mask_p)
-    tl.store(grads_ptr + offs_p, acc_grad_c, mask=mask_p)
-    tl.store(grads_ptr + P + offs_p, acc_grad_r, mask=mask_p)
-    tl.store(rewards_ptr + offs_p, parameters.beta * c, mask=mask_p)
-    tl.store(rewards_ptr + P + offs_p, parameters.beta * r, mask=mask_p)
+    # a pair that counts nothing has no part in the loss, whatever its own is
+    counts = weight != 0.0
+    tl.store(losses_ptr + offs_p, tl.where(counts, loss, 0.0), mask=mask_p)
+    tl.store(grads_ptr + offs_p, tl.where(counts, grad_c * slope_c, 0.0), mask=mask_p)
+    tl.store(grads_ptr + P + offs_p, tl.where(counts, grad_r * slope_r, 0.0), mask=mask_p)
+    tl.store(grads_ptr + 2 * P + offs_p, tl.where(counts, plain_c, 0.0), mask=mask_p)
+    tl.store(grads_ptr + 3 * P + offs_p, tl.where(counts, plain_r, 0.0), mask=mask_p)
+    tl.store(grads_ptr + 4 * P + offs_p, tl.where(counts, grad_x, 0.0), mask=mask_p)
+    tl.store(rewards_ptr + offs_p, parameters.beta * score_c, mask=mask_p)
+    tl.store(rewards_ptr + P + offs_p, parameters.beta * score_r, mask=mask_p)
+    tl.store(sums_ptr + offs_p, pc, mask=mask_p)
+    tl.store(sums_ptr + P + offs_p, pr, mask=mask_p)
 
 
 def preference_loss_fwd(
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    ref_chosen: torch.Tensor | None,
-    ref_rejected: torch.Tensor | None,
-    chosen_lengths: torch.Tensor | None,
-    rejected_lengths: torch.Tensor | None,
-    *,
-    loss_types: tuple[str, ...],
-    weights: tuple[float, ...],
-    parameters: Parameters,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (losses [P], grads [2, P], rewards [2, P]). Inputs are checked, 1-D, of one length."""
-    P = chosen.numel()
-    losses = torch.empty(P, dtype=torch.float32, device=chosen.device)
-    grads = torch.empty(2, P, dtype=torch.float32, device=chosen.device)
-    rewards = torch.empty_like(grads)
+    chosen: Side, rejected: Side, response: Side | None, data: PairData, call: PairCall
+) -> Scored:
+    """Return losses, rewards and slopes. Inputs are checked and on one device."""
+    P, device = chosen.form.pairs, chosen.logps.device
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, P, dtype=dtype, device=device)
+
+    L = len(call.losses)
+    sorts = any(loss.sorts for loss in call.losses)
+    has_statistic = any(loss.has_statistic for loss in call.losses)
+    scored = Scored(
+        losses=empty(),
+        rewards=empty(2),
+        sums=empty(2),
+        grads=empty(len(GRAD_ROWS)),
+        tails=None if call.ld_alpha is None else empty(2, dtype=torch.int64),
+        ranks=empty(L, 2, dtype=torch.int32) if sorts else None,
+        rank_grads=empty(L, 2) if sorts else None,
+        stats=empty(L, 2) if has_statistic else None,
+    )
     if P == 0:
-        return losses, grads, rewards
-    has_ref, has_lengths = ref_chosen is not None, chosen_lengths is not None
-    with device_guard(chosen):
-        _preference_loss_fwd_kernel[(triton.cdiv(P, BLOCK_P),)](
-            chosen_ptr=chosen.contiguous(),
-            rejected_ptr=rejected.contiguous(),
-            ref_chosen_ptr=ref_chosen.contiguous() if has_ref else None,
-            ref_rejected_ptr=ref_rejected.contiguous() if has_ref else None,
-            chosen_lengths_ptr=chosen_lengths.contiguous() if has_lengths else None,
-            rejected_lengths_ptr=rejected_lengths.contiguous() if has_lengths else None,
-            losses_ptr=losses,
-            grads_ptr=grads,
-            rewards_ptr=rewards,
+        return scored
+    sides = (chosen, rejected, response)
+    has_tokens = any(side is not None and side.form.has_tokens for side in sides)
+    block_p, block_t, num_warps = blocks(P, has_tokens, call.is_batch)
+    pointers = [None if side is None else pointers_of(side) for side in sides]
+    with device_guard(chosen.logps):
+        _preference_loss_fwd_kernel[(triton.cdiv(P, block_p),)](
+            chosen=pointers[0],
+            rejected=pointers[1],
+            response=pointers[2],
+            pair_weights_ptr=contiguous(data.weights),
+            reward_chosen_ptr=contiguous(data.reward_chosen),
+            reward_rejected_ptr=contiguous(data.reward_rejected),
+            losses_ptr=scored.losses,
+            rewards_ptr=scored.rewards,
+            sums_ptr=scored.sums,
+            grads_ptr=scored.grads,
+            tails_ptr=scored.tails,
+            ranks_ptr=scored.ranks,
+            rank_grads_ptr=scored.rank_grads,
+            stats_ptr=scored.stats,
+            scratch_ptr=empty(3, SCRATCH_ROWS.value) if has_tokens and call.is_batch else None,
             P=P,
-            parameters=parameters,
-            weights=weights,
-            HAS_REF=has_ref,
-            HAS_LENGTHS=has_lengths,
-            LOSSES=tuple(loss_type_of(name).id for name in loss_types),
-            BLOCK_P=BLOCK_P,
-            num_warps=NUM_WARPS,
+            ld_alpha=1.0 if call.ld_alpha is None else call.ld_alpha,
+            divergence_power=-1.0 if call.divergence == "forward_kl" else call.divergence_power,
+            parameters=call.parameters,
+            weights=call.weights,
+            LOSSES=tuple(loss.id for loss in call.losses),
+            DIVERGENCE=_DIVERGENCE_ID[call.divergence],
+            HAS_RESPONSE=response is not None,
+            BLOCK_P=block_p,
+            BLOCK_T=block_t,
+            num_warps=num_warps,
             enable_fp_fusion=False,
         )
-    return losses, grads, rewards
+    return scored

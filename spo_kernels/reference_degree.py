@@ -1,54 +1,10 @@
-"""Naive eager ``preference_loss`` and ``degree_loss``: oracle of the tests and readable spec.
+"""Naive eager ``degree_loss``: oracle of the tests and readable spec.
 
 Any float dtype, differentiable by autograd; never used by a backend.
 """
 
 import torch
 import torch.nn.functional as F
-
-
-def _sigmoid(c, r, length_c, length_r, beta):
-    return -F.logsigmoid(beta * (c - r))
-
-
-def _hinge(c, r, length_c, length_r, beta):
-    return torch.relu(1 - beta * (c - r))
-
-
-def _ipo(c, r, length_c, length_r, beta):
-    return (c / length_c - r / length_r - 1 / (2 * beta)) ** 2
-
-
-_LOSS_OF = {"sigmoid": _sigmoid, "hinge": _hinge, "ipo": _ipo}
-
-
-def preference_loss_reference(
-    chosen_logps: torch.Tensor,
-    rejected_logps: torch.Tensor,
-    ref_chosen_logps: torch.Tensor | None = None,
-    ref_rejected_logps: torch.Tensor | None = None,
-    *,
-    loss_type: str | list[str] = "sigmoid",
-    loss_weights: list[float] | None = None,
-    beta: float = 0.1,
-    chosen_lengths: torch.Tensor | None = None,
-    rejected_lengths: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:
-    """Return every output of ``preference_loss`` by name, in the log-probs' dtype."""
-    names = [loss_type] if isinstance(loss_type, str) else loss_type
-    weights = [1.0] * len(names) if loss_weights is None else loss_weights
-    c = chosen_logps if ref_chosen_logps is None else chosen_logps - ref_chosen_logps
-    r = rejected_logps if ref_rejected_logps is None else rejected_logps - ref_rejected_logps
-    length_c = None if chosen_lengths is None else chosen_lengths.clamp(min=1)
-    length_r = None if rejected_lengths is None else rejected_lengths.clamp(min=1)
-    losses = torch.zeros_like(c)
-    for name, weight in zip(names, weights, strict=True):
-        losses = losses + weight * _LOSS_OF[name](c, r, length_c, length_r, beta)
-    return {
-        "losses": losses,
-        "chosen_rewards": (beta * c).detach(),
-        "rejected_rewards": (beta * r).detach(),
-    }
 
 
 def degree_loss_reference(

@@ -1,70 +1,13 @@
-"""Torch backend of ``preference_loss`` and ``degree_loss``: the kernels' launchers in plain torch.
+"""Torch backend of ``degree_loss``: the kernels' launchers in plain torch.
 
 fp32 arithmetic, fp64 where an input is fp64. Nothing is read back to the host and no loop runs over
-pairs, segments or views.
+segments or views.
 """
 
 import torch
 
-from spo_kernels.loss_table import Parameters
-
 # rows of half-precision hidden states widened at a time, few enough to stay in a cache
 _ROW_CHUNK = 512
-
-
-def _sigmoid(c, r, length_c, length_r, parameters):
-    margin = parameters.beta * (c - r)
-    grad = -parameters.beta * torch.sigmoid(-margin)
-    return -torch.nn.functional.logsigmoid(margin), grad, -grad
-
-
-def _hinge(c, r, length_c, length_r, parameters):
-    slack = 1.0 - parameters.beta * (c - r)
-    # no gradient at the kink itself, and a NaN stays one
-    is_met = slack <= 0.0
-    grad = torch.where(is_met, 0.0, -parameters.beta).to(slack.dtype)
-    return slack.masked_fill(is_met, 0.0), grad, -grad
-
-
-def _ipo(c, r, length_c, length_r, parameters):
-    error = c / length_c - r / length_r - 0.5 / parameters.beta
-    return error * error, 2.0 * error / length_c, -2.0 * error / length_r
-
-
-# each returns (loss, grad_chosen, grad_rejected) of all pairs
-_LOSS_OF = {"sigmoid": _sigmoid, "hinge": _hinge, "ipo": _ipo}
-
-
-def preference_loss_fwd(
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    ref_chosen: torch.Tensor | None,
-    ref_rejected: torch.Tensor | None,
-    chosen_lengths: torch.Tensor | None,
-    rejected_lengths: torch.Tensor | None,
-    *,
-    loss_types: tuple[str, ...],
-    weights: tuple[float, ...],
-    parameters: Parameters,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (losses [P], grads [2, P], rewards [2, P]). Inputs are checked, 1-D, of one length."""
-    dtype = _compute_dtype(chosen, ref_chosen, ref_rejected)
-    c, r = chosen.to(dtype), rejected.to(dtype)
-    if ref_chosen is not None:
-        c, r = c - ref_chosen.to(dtype), r - ref_rejected.to(dtype)
-    length_c = length_r = None
-    if chosen_lengths is not None:
-        # an empty completion has score 0 and must not divide by 0
-        length_c = chosen_lengths.clamp(min=1).to(dtype)
-        length_r = rejected_lengths.clamp(min=1).to(dtype)
-
-    losses = torch.zeros_like(c)
-    grads = c.new_zeros(2, c.numel())
-    for name, weight in zip(loss_types, weights, strict=True):
-        loss, grad_c, grad_r = _LOSS_OF[name](c, r, length_c, length_r, parameters)
-        losses = losses + weight * loss
-        grads = grads + weight * torch.stack((grad_c, grad_r))
-    return losses, grads, parameters.beta * torch.stack((c, r))
 
 
 def degree_loss_fwd(
@@ -80,7 +23,7 @@ def degree_loss_fwd(
 
     Inputs are checked and on one device; strides are free.
     """
-    dtype = _compute_dtype(hidden, head_weight)
+    dtype = compute_dtype(hidden, head_weight)
     S, (K, H) = segment_offsets.numel() - 1, head_weight.shape
     slots, is_bad = _slots(levels, segment_offsets, K)
     # the last slot takes the rows that no response holds
@@ -178,6 +121,7 @@ def _views(counts: torch.Tensor, center_views: bool) -> tuple[torch.Tensor, torc
     return matrix, view_mask
 
 
-def _compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """Return fp64 if a tensor is fp64, else fp32."""
     is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if is_double else torch.float32

@@ -1,0 +1,91 @@
+"""What one ``preference_loss`` call hands to a backend and gets back."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+
+from spo_kernels.loss_table import LossType, Parameters
+
+# rows of ``Scored.grads``: through the scores of both sides, through their plain log-probs, and
+# through the third response
+GRAD_ROWS = ("score_c", "score_r", "plain_c", "plain_r", "response")
+
+
+class Side(NamedTuple):
+    """One response of every pair; ``[P]`` holds sums, two axes hold token log-probs.
+
+    Response p is row p of ``logps``, or the tokens ``offsets[p]:offsets[p + 1]`` of its rows.
+    """
+
+    logps: Any  # [P] or [B, T]
+    ref: Any = None  # [P], or the shape of logps
+    mask: Any = None  # the shape of logps: the tokens that count
+    offsets: Any = None  # [P + 1] int64
+    lengths: Any = None  # [P] int
+    log_sum_sq: Any = None  # like ref
+
+    @property
+    def form(self) -> "Form":
+        """What a backward needs to know of this response."""
+        return Form(self.logps.shape, self.logps.dtype, self.mask, self.offsets)
+
+
+class Form(NamedTuple):
+    """How the log-probs of one response were given."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    mask: Any
+    offsets: Any
+
+    @property
+    def has_tokens(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def pairs(self) -> int:
+        return self.shape[0] if self.offsets is None else self.offsets.numel() - 1
+
+
+class PairData(NamedTuple):
+    """What a pair brings beside its responses, ``[P]`` each or None."""
+
+    weights: torch.Tensor | None = None
+    reward_chosen: torch.Tensor | None = None
+    reward_rejected: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PairCall:
+    """Non-tensor state of one call."""
+
+    backend: str
+    losses: tuple[LossType, ...]
+    weights: tuple[float, ...]
+    parameters: Parameters
+    divergence: str
+    divergence_power: float  # a - 1 of the alpha divergence
+    ld_alpha: float | None
+
+    @property
+    def needs_lengths(self) -> bool:
+        return any("lengths" in loss.inputs for loss in self.losses)
+
+    @property
+    def is_batch(self) -> bool:
+        return any(loss.batch for loss in self.losses)
+
+
+class Scored(NamedTuple):
+    """What a forward returns; the last three have one row for each loss of the mix, or are None."""
+
+    losses: torch.Tensor  # [P]
+    rewards: torch.Tensor  # [2, P] beta * score of chosen, of rejected
+    sums: torch.Tensor  # [2, P] the policy's log-probs of chosen, of rejected
+    grads: torch.Tensor  # [5, P] dloss of the own pair, see GRAD_ROWS
+    tails: torch.Tensor | None = None  # [2, P] int64: first token beyond the shared length
+    ranks: torch.Tensor | None = None  # [L, 2, P] int32: whose loss a score takes part in
+    rank_grads: torch.Tensor | None = None  # [L, 2, P] dloss[rank] / dscore
+    # [L, 2, P]: dloss / dstatistic, dstatistic / d(c - r)
+    stats: torch.Tensor | None = None

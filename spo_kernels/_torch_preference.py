@@ -1,0 +1,291 @@
+"""Torch backend of ``preference_loss``: the kernels' launchers in plain torch.
+
+fp32 arithmetic, fp64 where an input is fp64. Nothing is read back to the host and no loop runs over
+pairs or tokens.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from spo_kernels import _torch_preference_terms as terms
+from spo_kernels._pairs import Form, PairCall, PairData, Scored, Side
+from spo_kernels._torch_degree import compute_dtype
+from spo_kernels.loss_table import FIRST_POLICY_ID, FIRST_RESPONSE_ID
+
+
+def preference_loss_fwd(
+    chosen: Side, rejected: Side, response: Side | None, data: PairData, call: PairCall
+) -> Scored:
+    """Return losses, rewards and slopes. Inputs are checked and on one device."""
+    sides = [chosen, rejected] if response is None else [chosen, rejected, response]
+    dtype = compute_dtype(*(t for side in sides for t in (side.logps, side.ref)))
+    tokens = [_Tokens(side.form, side.logps.device) for side in sides]
+    counts = [_counts(side, rows) for side, rows in zip(sides, tokens, strict=True)]
+    tails = None
+    if call.ld_alpha is not None:
+        shared = torch.minimum(tokens[0].counts(), tokens[1].counts())
+        tails = torch.stack([rows.tail_after(shared) for rows in tokens[:2]])
+    plain = [rows.sum(side.logps, dtype) for side, rows in zip(sides, tokens, strict=True)]
+    policy = list(plain)
+    refs, scores = [None] * len(sides), list(plain)
+    for i, (side, rows) in enumerate(zip(sides, tokens, strict=True)):
+        weigh = (tails[i], call.ld_alpha) if tails is not None and i < 2 else None
+        if weigh is not None:
+            policy[i] = scores[i] = rows.sum(side.logps, dtype, weigh)
+        if side.ref is None:
+            continue
+        refs[i] = rows.sum(side.ref, dtype, weigh)
+        scores[i] = policy[i] - refs[i]
+        if side.ref.dim() == 2:
+            # differences of tokens are small, and so is what their sum rounds off
+            difference = side.logps.to(dtype) - side.ref.to(dtype)
+            scores[i] = rows.sum(difference, dtype, weigh)
+
+    rewards = call.parameters.beta * torch.stack(scores[:2])
+    (c, slope_c), (r, slope_r) = (_divergence(score, call) for score in scores[:2])
+    pair = _pair(c, r, scores, plain, policy, refs, counts, data, call)
+    weight = _pair_weight(sides, tokens, pair, data, call)
+    losses = torch.zeros_like(c)
+    grads = [losses] * 5
+    links = []
+    for row, scale in zip(call.losses, call.weights, strict=True):
+        if weight is not None:
+            scale = scale * weight
+        loss, *slopes = getattr(terms, row.name)(pair, call.parameters)
+        links.append((row, scale, slopes[2] if len(slopes) > 2 else None))
+        losses = losses + scale * loss
+        first = 4 if row.id >= FIRST_RESPONSE_ID else 2 if row.id >= FIRST_POLICY_ID else 0
+        for i, slope in enumerate(slopes[:2]):
+            grads[first + i] = grads[first + i] + scale * slope
+    if slope_c is not None:
+        grads[0], grads[1] = grads[0] * slope_c, grads[1] * slope_r
+    if weight is not None:
+        # a pair that counts nothing has no part in the loss, whatever its own is
+        losses, *grads = (value.masked_fill(weight == 0, 0.0) for value in (losses, *grads))
+    scored = Scored(losses, rewards, torch.stack(plain[:2]), torch.stack(grads), tails)
+    return scored if not call.is_batch else scored._replace(**_links(links, call, c))
+
+
+def preference_loss_bwd(
+    grad_losses: torch.Tensor,
+    scored: Scored,
+    forms: tuple[Form, Form, Form | None],
+    call: PairCall,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of the three responses' log-probs, None where not needed."""
+    grads = scored.grads * grad_losses
+    if call.is_batch:
+        upstream = grad_losses.to(grads.dtype)
+        for i, row in enumerate(call.losses):
+            if row.sorts:
+                grads[:2] += scored.rank_grads[i] * upstream[scored.ranks[i]]
+            elif row.has_statistic:
+                loss_slope, statistic_slope = scored.stats[i]
+                # an infinite slope that meets no gradient, or moves nothing, is none
+                moved = (loss_slope * upstream).masked_fill(upstream == 0, 0.0).sum()
+                shared = (moved * statistic_slope).masked_fill(statistic_slope == 0, 0.0)
+                grads[0] += shared
+                grads[1] -= shared
+    out = []
+    for i, (form, needed) in enumerate(zip(forms, needs, strict=True)):
+        if not needed:
+            out.append(None)
+            continue
+        if i == 2:
+            plain = score = grads[4]
+        else:
+            plain, score = grads[2 + i] + grads[i], grads[i]
+        if not form.has_tokens:
+            out.append(plain.to(form.dtype))
+            continue
+        tail = None if scored.tails is None or i == 2 else scored.tails[i]
+        rows = _Tokens(form, plain.device)
+        value = rows.spread(plain)
+        if tail is not None:
+            beyond = rows.is_tail(tail)
+            value = torch.where(beyond, value - rows.spread((1.0 - call.ld_alpha) * score), value)
+        out.append(rows.masked(value).to(form.dtype))
+    return tuple(out)
+
+
+class _Tokens:
+    """Where each pair's tokens of one response are."""
+
+    def __init__(self, form: Form, device: torch.device):
+        self.form, self.device = form, device
+        self.segments = None
+        if form.has_tokens and form.offsets is not None:
+            places = torch.arange(form.shape.numel(), device=device)
+            # the last of the segments that start at or before the token: empty ones are passed over
+            segments = torch.searchsorted(form.offsets.contiguous(), places, right=True) - 1
+            # the last slot takes the tokens that no response holds
+            outside = (segments < 0) | (segments >= form.pairs)
+            self.segments = torch.where(outside, form.pairs, segments)
+
+    def masked(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return ``tokens``, 0 where they do not count."""
+        return tokens if self.form.mask is None else tokens.masked_fill(self.form.mask == 0, 0)
+
+    def sum(
+        self,
+        values: torch.Tensor,
+        dtype: torch.dtype,
+        weigh: tuple[torch.Tensor, float] | None = None,
+    ) -> torch.Tensor:
+        """Return the sum of each pair's tokens ``[P]``; values that are sums stay."""
+        if values.dim() == 1:
+            return values.to(dtype)
+        # a sum over strided rows would round in another order
+        values = self.masked(values.to(dtype).contiguous())
+        if weigh is not None:
+            values = torch.where(self.is_tail(weigh[0]), weigh[1] * values, values)
+        if self.segments is None:
+            return values.sum(1)
+        out = values.new_zeros(self.form.pairs + 1)
+        return out.index_add_(0, self.segments, values.reshape(-1))[:-1]
+
+    def counts(self) -> torch.Tensor:
+        """Return how many tokens of each pair count ``[P]`` int64."""
+        ones = torch.ones(self.form.shape, dtype=torch.int64, device=self.device)
+        return self.sum(ones, torch.int64)
+
+    def tail_after(self, shared: torch.Tensor) -> torch.Tensor:
+        """Return the first flat token after the first ``shared`` ones that count ``[P]``."""
+        ones = torch.ones(self.form.shape, dtype=torch.int64, device=self.device)
+        running = F.pad(self.masked(ones).reshape(-1).cumsum(0), (1, 0))
+        if self.form.offsets is not None:
+            starts, ends = self.form.offsets[:-1], self.form.offsets[1:]
+        else:
+            T = self.form.shape[1]
+            starts = torch.arange(self.form.pairs, device=self.device) * T
+            ends = starts + T
+        # the running count is sorted, so the first token beyond the shared ones is a search
+        tail = torch.searchsorted(running[1:].contiguous(), running[starts] + shared, right=True)
+        return torch.minimum(tail, ends)
+
+    def is_tail(self, tail: torch.Tensor) -> torch.Tensor:
+        """Return which tokens lie at or after their pair's ``tail``, in the shape of the tokens."""
+        places = torch.arange(self.form.shape.numel(), device=self.device)
+        return places.view(self.form.shape) >= self.spread(tail)
+
+    def spread(self, value: torch.Tensor) -> torch.Tensor:
+        """Return ``[P]`` values at each of their pair's tokens, 0 at no pair's."""
+        if self.segments is None:
+            return value[:, None].expand(self.form.shape)
+        return F.pad(value, (0, 1))[self.segments].view(self.form.shape)
+
+
+def _counts(side: Side, rows: _Tokens) -> torch.Tensor | None:
+    """Return the completion lengths ``[P]``, None where they were not given."""
+    if side.lengths is not None:
+        return side.lengths
+    return None if side.mask is None else rows.counts()
+
+
+def _pair(
+    c: torch.Tensor,
+    r: torch.Tensor,
+    scores: list[torch.Tensor],
+    plain: list[torch.Tensor],
+    policy: list[torch.Tensor],
+    refs: list[torch.Tensor | None],
+    counts: list[torch.Tensor | None],
+    data: PairData,
+    call: PairCall,
+) -> terms.Pair:
+    """Gather what the terms read."""
+    dtype = c.dtype
+    has_response = len(plain) > 2
+    # an empty completion has score 0 and must not divide by 0
+    lengths = [None if count is None else count.clamp(min=1).to(dtype) for count in counts]
+    share_c = share_cr = share_x = None
+    if call.is_batch:
+        if counts[0] is not None:
+            share_c = _share(counts[:1], dtype)
+            share_cr = None if counts[1] is None else _share(counts[:2], dtype)
+        if has_response and counts[2] is not None:
+            share_x = _share(counts[2:], dtype)
+    return terms.Pair(
+        c=c,
+        r=r,
+        pc=plain[0],
+        pr=plain[1],
+        ratio=policy[0] - policy[1],
+        ref_ratio=torch.zeros_like(c) if refs[0] is None else refs[0] - refs[1],
+        len_c=lengths[0],
+        len_r=lengths[1],
+        x=scores[2] if has_response else None,
+        px=plain[2] if has_response else None,
+        len_x=lengths[2] if has_response else None,
+        reward_c=None if data.reward_chosen is None else data.reward_chosen.to(dtype),
+        reward_r=None if data.reward_rejected is None else data.reward_rejected.to(dtype),
+        share_c=share_c,
+        share_cr=share_cr,
+        share_x=share_x,
+    )
+
+
+def _share(counts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Return P / tokens: what makes a mean over pairs one over tokens."""
+    total = sum(count.sum() for count in counts)
+    return counts[0].numel() / total.clamp(min=1).to(dtype)
+
+
+def _divergence(c: torch.Tensor, call: PairCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return f' of a log-ratio and its slope, None for the identity."""
+    if call.divergence == "reverse_kl":
+        return c, None
+    if call.divergence == "js_divergence":
+        return math.log(2.0) - terms.softplus(-c), torch.sigmoid(-c)
+    power = -1.0 if call.divergence == "forward_kl" else call.divergence_power
+    exponent = power * c
+    cut = exponent.clamp(max=terms.LARGEST_EXPONENT)
+    slope = torch.exp(cut).masked_fill(exponent > terms.LARGEST_EXPONENT, 0.0)
+    return torch.expm1(cut) / power, slope
+
+
+def _pair_weight(
+    sides: list[Side],
+    tokens: list[_Tokens],
+    pair: terms.Pair,
+    data: PairData,
+    call: PairCall,
+) -> torch.Tensor | None:
+    """Return the weight of each pair ``[P]``, without a gradient."""
+    weight = None if data.weights is None else data.weights.to(pair.c.dtype)
+    if sides[0].log_sum_sq is not None:
+        mean = 0.0
+        for i, (policy, length) in enumerate(((pair.pc, pair.len_c), (pair.pr, pair.len_r))):
+            aligned = policy - tokens[i].sum(sides[i].log_sum_sq, policy.dtype)
+            mean = mean + aligned / length
+        likely = torch.exp(mean)
+        weight = likely if weight is None else weight * likely
+    if call.parameters.min_reward_margin > 0:
+        margin = (pair.reward_c - pair.reward_r).abs()
+        # a NaN reward must not pass for a filtered pair
+        is_near = margin < call.parameters.min_reward_margin
+        kept = torch.ones_like(margin).masked_fill(is_near, 0.0)
+        weight = kept if weight is None else weight * kept
+    return weight
+
+
+def _links(links: list, call: PairCall, like: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """Return ranks, rank_grads and stats of the batch types of the mix."""
+    L, P = len(links), like.numel()
+    found = {"ranks": None, "rank_grads": None, "stats": None}
+    if any(row.sorts for row, _, _ in links):
+        found["ranks"] = torch.zeros(L, 2, P, dtype=torch.int64, device=like.device)
+        found["rank_grads"] = like.new_zeros(L, 2, P)
+    if any(row.has_statistic for row, _, _ in links):
+        found["stats"] = like.new_zeros(L, 2, P)
+    for i, (row, scale, link) in enumerate(links):
+        if row.sorts:
+            found["ranks"][i] = link.ranks
+            found["rank_grads"][i] = scale * link.slopes
+        elif link is not None:
+            found["stats"][i, 0] = scale * link.loss_slope
+            found["stats"][i, 1] = call.parameters.beta * link.statistic_slope
+    return found
