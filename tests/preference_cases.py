@@ -59,7 +59,7 @@ def make_case(names, P, *, form="sums", dtype=torch.float32, seed=0, extras=Fals
         inputs["pair_weights"] = torch.randint(0, 3, (P,), generator=generator).float()
         inputs["min_reward_margin"] = 0.3
         for side in ("chosen", "rejected"):
-            inputs[f"{side}_log_sum_sq_probs"] = logps(20.0)
+            inputs[f"{side}_log_sum_sq_probs"] = logps(2.0)
     if extras and form != "sums":
         inputs["ld_alpha"] = 0.4
     return tensors, inputs

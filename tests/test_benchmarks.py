@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, bars, gpu, memory, providers, report, results, workloads
+from benchmarks import accuracy, bars, gpu, losses, memory, providers, report, results, workloads
 
 _ROOT = results.ROOT
 _RUNNABLE = [name for name in providers.NAMES if not providers.why_not(name, workloads.TINY, "cpu")]
@@ -158,3 +158,9 @@ def test_report_without_results_or_markers(gpu_results, tmp_path, capsys):
     arguments = ["--results", str(gpu_results.parent), "--readme", str(bare), "--no-plots"]
     assert report.main(arguments) == 2
     assert bare.read_text() == "no markers"
+
+
+def test_readme_holds_the_loss_tables() -> None:
+    """The tables of loss types are those of the table in the code."""
+    text = losses.README.read_text(encoding="utf-8")
+    assert losses.with_tables(text) == text
