@@ -7,7 +7,7 @@ second sentence with the way out. Messages show shapes, indices and types, never
 import importlib.util
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -111,6 +111,26 @@ def refuse_double_backward(op: str) -> None:
             f"{op}: once_differentiable: double backward unsupported. Call backward without "
             "create_graph=True."
         )
+
+
+def refuse_fp64_on_triton(
+    op: str, backend: str, dtypes: Mapping[str, torch.dtype | torch.Tensor | None]
+) -> None:
+    """Require half or single precision of every argument where the resolved backend is triton."""
+    if backend != "triton":
+        return
+    for argument, value in dtypes.items():
+        dtype = value.dtype if isinstance(value, torch.Tensor) else value
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            names = ", ".join(dtype_name(allowed) for allowed in FLOAT_DTYPES)
+            fail(
+                op,
+                argument,
+                f"have dtype {names} on backend='triton'",
+                dtype_name(dtype),
+                way_out="Use backend='torch'.",
+                error=TypeError,
+            )
 
 
 def triton_interpreter_on() -> bool:

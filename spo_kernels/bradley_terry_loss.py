@@ -12,8 +12,10 @@ from spo_kernels._checks import (
     check_same_device,
     check_shape,
     check_tensor,
+    dtype_name,
     fail,
     refuse_double_backward,
+    refuse_fp64_on_triton,
     resolve_backend,
 )
 from spo_kernels.loss_table import Parameter
@@ -76,17 +78,7 @@ def bradley_terry_loss(
         values[_CENTER.name] = center_rewards_coefficient
     center = check_parameters(_OP, values, (_CENTER,))[_CENTER.name]
     backend = resolve_backend(_OP, backend, chosen_rewards)
-    if backend == "triton":
-        for name, tensor in {**rewards, "margins": margins}.items():
-            if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-                fail(
-                    _OP,
-                    name,
-                    "have dtype bfloat16, float16, float32 on backend='triton'",
-                    str(tensor.dtype).removeprefix("torch."),
-                    way_out="Use backend='torch'.",
-                    error=TypeError,
-                )
+    refuse_fp64_on_triton(_OP, backend, {**rewards, "margins": margins})
     call = _Call(backend=backend, center=center)
     flat = (tensor.squeeze(-1) if tensor.dim() == 2 else tensor for tensor in rewards.values())
     return BradleyTerryLossOutput(*_BradleyTerryLossFunction.apply(*flat, margins, call))
@@ -159,7 +151,7 @@ def _check_tensors(rewards: dict[str, torch.Tensor], margins: torch.Tensor | Non
     if margins is not None:
         check_shape(_OP, "margins", margins, (P,), f"[P] with P={P}")
     if rejected.dtype != chosen.dtype:
-        want, got = (str(t.dtype).removeprefix("torch.") for t in (chosen, rejected))
+        want, got = (dtype_name(t.dtype) for t in (chosen, rejected))
         fail(
             _OP, "rejected_rewards", f"have dtype {want} like chosen_rewards", got, error=TypeError
         )

@@ -14,6 +14,7 @@ from spo_kernels._checks import (
     check_tensor,
     fail,
     refuse_double_backward,
+    refuse_fp64_on_triton,
     resolve_backend,
 )
 
@@ -76,17 +77,7 @@ def degree_loss(
     """
     _check(hidden, removal_levels, segment_offsets, head_weight, head_bias, center_views)
     backend = resolve_backend(_OP, backend, hidden)
-    if backend == "triton":
-        for name, tensor in {"hidden": hidden, "head_weight": head_weight}.items():
-            if tensor.dtype not in FLOAT_DTYPES:
-                fail(
-                    _OP,
-                    name,
-                    "have dtype bfloat16, float16, float32 on backend='triton'",
-                    str(tensor.dtype).removeprefix("torch."),
-                    way_out="Use backend='torch'.",
-                    error=TypeError,
-                )
+    refuse_fp64_on_triton(_OP, backend, {"hidden": hidden, "head_weight": head_weight})
     call = _Call(backend=backend, center_views=center_views)
     return DegreeLossOutput(
         *_DegreeLossFunction.apply(

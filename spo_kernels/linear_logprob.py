@@ -13,8 +13,10 @@ from spo_kernels._checks import (
     check_same_device,
     check_shape,
     check_tensor,
+    dtype_name,
     fail,
     refuse_double_backward,
+    refuse_fp64_on_triton,
     resolve_backend,
 )
 from spo_kernels.planner import GRAD_INPUTS, OUTPUTS, STRATEGIES, plan_linear_logprob
@@ -100,15 +102,7 @@ def linear_logprob(
     if softcap is not None:
         softcap = check_positive_float(_OP, "softcap", softcap)
     backend = resolve_backend(_OP, backend, hidden)
-    if backend == "triton" and compute_dtype not in FLOAT_DTYPES:
-        fail(
-            _OP,
-            "hidden",
-            "have dtype bfloat16, float16, float32 on backend='triton'",
-            str(compute_dtype).removeprefix("torch."),
-            way_out="Use backend='torch'.",
-            error=TypeError,
-        )
+    refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype})
     rows, row_labels, exact = _scored_rows(
         hidden, labels, weight.shape[0], ignore_index, scored_rows, validate
     )
@@ -345,8 +339,8 @@ def _check(
             fail(
                 _OP,
                 name,
-                f"have hidden's dtype {str(hidden.dtype).removeprefix('torch.')}",
-                str(tensor.dtype).removeprefix("torch."),
+                f"have hidden's dtype {dtype_name(hidden.dtype)}",
+                dtype_name(tensor.dtype),
                 way_out="Cast one of them, or run under torch.autocast.",
                 error=TypeError,
             )

@@ -15,6 +15,7 @@ from spo_kernels._checks import (
     check_tensor,
     fail,
     refuse_double_backward,
+    refuse_fp64_on_triton,
     resolve_backend,
 )
 from spo_kernels.loss_table import LISTWISE_LOSS_TYPES, LISTWISE_PARAMETERS, ListwiseParameters
@@ -97,17 +98,7 @@ def listwise_preference_loss(
     floats = {"logps": logps, "labels": labels, "ref_logps": ref_logps}
     _check_tensors(floats, mask)
     backend = resolve_backend(_OP, backend, logps)
-    if backend == "triton":
-        for name, tensor in floats.items():
-            if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-                fail(
-                    _OP,
-                    name,
-                    "have dtype bfloat16, float16, float32 on backend='triton'",
-                    str(tensor.dtype).removeprefix("torch."),
-                    way_out="Use backend='torch'.",
-                    error=TypeError,
-                )
+    refuse_fp64_on_triton(_OP, backend, floats)
     call = _Call(backend=backend, loss_type=loss_type, parameters=parameters)
     return ListwisePreferenceLossOutput(
         *_ListwisePreferenceLossFunction.apply(logps, ref_logps, labels, mask, call)

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from spo_kernels._checks import (
-    FLOAT_DTYPES,
-    dtype_name,
-    fail,
     refuse_double_backward,
+    refuse_fp64_on_triton,
     resolve_backend,
 )
 from spo_kernels._pair_checks import check_call, check_mix, check_sides
@@ -183,8 +181,10 @@ def preference_loss(
     )
     check_sides(chosen, rejected, response, data, call)
     call = dataclasses.replace(call, backend=_resolve_backend(backend, chosen, call))
-    if call.backend == "triton":
-        _refuse_fp64(chosen, rejected, response)
+    sides = {"chosen": chosen, "rejected": rejected, "response": response}
+    floats = {f"{which}_logps": side.logps for which, side in sides.items()}
+    floats |= {f"ref_{which}_logps": side.ref for which, side in sides.items()}
+    refuse_fp64_on_triton(_OP, call.backend, floats)
     if not (call.needs_lengths or chosen_log_sum_sq_probs is not None):
         chosen, rejected = chosen._replace(lengths=None), rejected._replace(lengths=None)
     return PreferenceLossOutput(
@@ -256,20 +256,6 @@ def _resolve_backend(backend: str, chosen: Side, call: PairCall) -> str:
             "backend='auto'."
         )
     return resolved
-
-
-def _refuse_fp64(chosen: Side, rejected: Side, response: Side) -> None:
-    for which, side in (("chosen", chosen), ("rejected", rejected), ("response", response)):
-        for name, tensor in ((f"{which}_logps", side.logps), (f"ref_{which}_logps", side.ref)):
-            if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-                fail(
-                    _OP,
-                    name,
-                    "have dtype bfloat16, float16, float32 on backend='triton'",
-                    dtype_name(tensor.dtype),
-                    way_out="Use backend='torch'.",
-                    error=TypeError,
-                )
 
 
 if preference_loss.__doc__ is not None:

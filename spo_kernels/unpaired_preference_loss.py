@@ -16,6 +16,7 @@ from spo_kernels._checks import (
     check_tensor,
     fail,
     refuse_double_backward,
+    refuse_fp64_on_triton,
     resolve_backend,
 )
 from spo_kernels.loss_table import UNPAIRED_LOSS_TYPES, UNPAIRED_PARAMETERS, UnpairedParameters
@@ -115,17 +116,7 @@ def unpaired_preference_loss(
     _check_baseline(loss_type, floats)
     _check_tensors(floats, is_desirable, segment_offsets)
     backend = resolve_backend(_OP, backend, logps)
-    if backend == "triton":
-        for name, tensor in floats.items():
-            if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-                fail(
-                    _OP,
-                    name,
-                    "have dtype bfloat16, float16, float32 on backend='triton'",
-                    str(tensor.dtype).removeprefix("torch."),
-                    way_out="Use backend='torch'.",
-                    error=TypeError,
-                )
+    refuse_fp64_on_triton(_OP, backend, floats)
     has_tokens = logps.dim() == 2 or segment_offsets is not None
     call = _Call(
         backend=backend,
