@@ -27,26 +27,34 @@ def preference_loss_fwd(
     if call.ld_alpha is not None:
         shared = torch.minimum(tokens[0].counts(), tokens[1].counts())
         tails = torch.stack([rows.tail_after(shared) for rows in tokens[:2]])
-    plain = [rows.sum(side.logps, dtype) for side, rows in zip(sides, tokens, strict=True)]
-    policy = list(plain)
-    refs, scores = [None] * len(sides), list(plain)
+    # sums over tokens are fp64 until the reference's is subtracted: a score is rounded once
+    plain = [rows.sum(side.logps) for side, rows in zip(sides, tokens, strict=True)]
+    policy, refs = list(plain), [None] * len(sides)
     for i, (side, rows) in enumerate(zip(sides, tokens, strict=True)):
         weigh = (tails[i], call.ld_alpha) if tails is not None and i < 2 else None
         if weigh is not None:
-            policy[i] = scores[i] = rows.sum(side.logps, dtype, weigh)
-        if side.ref is None:
-            continue
-        refs[i] = rows.sum(side.ref, dtype, weigh)
-        scores[i] = policy[i] - refs[i]
-        if side.ref.dim() == 2:
-            # differences of tokens are small, and so is what their sum rounds off
-            difference = side.logps.to(dtype) - side.ref.to(dtype)
-            scores[i] = rows.sum(difference, dtype, weigh)
+            policy[i] = rows.sum(side.logps, weigh)
+        if side.ref is not None:
+            refs[i] = rows.sum(side.ref, weigh)
+    scores = [
+        (value if ref is None else value - ref).to(dtype)
+        for value, ref in zip(policy, refs, strict=True)
+    ]
+    likely = None
+    if chosen.log_sum_sq is not None:
+        likely = [
+            (value - rows.sum(side.log_sum_sq)).to(dtype)
+            for value, side, rows in zip(plain[:2], sides, tokens, strict=False)
+        ]
+    plain, policy, refs = (
+        [None if value is None else value.to(dtype) for value in values]
+        for values in (plain, policy, refs)
+    )
 
     rewards = call.parameters.beta * torch.stack(scores[:2])
     (c, slope_c), (r, slope_r) = (_divergence(score, call) for score in scores[:2])
     pair = _pair(c, r, scores, plain, policy, refs, counts, data, call)
-    weight = _pair_weight(sides, tokens, pair, data, call)
+    weight = _pair_weight(pair, likely, data, call)
     losses = torch.zeros_like(c)
     grads = [losses] * 5
     links = []
@@ -130,16 +138,15 @@ class _Tokens:
         return tokens if self.form.mask is None else tokens.masked_fill(self.form.mask == 0, 0)
 
     def sum(
-        self,
-        values: torch.Tensor,
-        dtype: torch.dtype,
-        weigh: tuple[torch.Tensor, float] | None = None,
+        self, values: torch.Tensor, weigh: tuple[torch.Tensor, float] | None = None
     ) -> torch.Tensor:
-        """Return the sum of each pair's tokens ``[P]``; values that are sums stay."""
+        """Return the fp64 sum (int64 of integers) of each pair's tokens ``[P]``; sums stay."""
+        if values.is_floating_point():
+            values = values.double()
         if values.dim() == 1:
-            return values.to(dtype)
+            return values
         # a sum over strided rows would round in another order
-        values = self.masked(values.to(dtype).contiguous())
+        values = self.masked(values.contiguous())
         if weigh is not None:
             values = torch.where(self.is_tail(weigh[0]), weigh[1] * values, values)
         if self.segments is None:
@@ -150,7 +157,7 @@ class _Tokens:
     def counts(self) -> torch.Tensor:
         """Return how many tokens of each pair count ``[P]`` int64."""
         ones = torch.ones(self.form.shape, dtype=torch.int64, device=self.device)
-        return self.sum(ones, torch.int64)
+        return self.sum(ones)
 
     def tail_after(self, shared: torch.Tensor) -> torch.Tensor:
         """Return the first flat token after the first ``shared`` ones that count ``[P]``."""
@@ -248,21 +255,13 @@ def _divergence(c: torch.Tensor, call: PairCall) -> tuple[torch.Tensor, torch.Te
 
 
 def _pair_weight(
-    sides: list[Side],
-    tokens: list[_Tokens],
-    pair: terms.Pair,
-    data: PairData,
-    call: PairCall,
+    pair: terms.Pair, likely: list[torch.Tensor] | None, data: PairData, call: PairCall
 ) -> torch.Tensor | None:
     """Return the weight of each pair ``[P]``, without a gradient."""
     weight = None if data.weights is None else data.weights.to(pair.c.dtype)
-    if sides[0].log_sum_sq is not None:
-        mean = 0.0
-        for i, (policy, length) in enumerate(((pair.pc, pair.len_c), (pair.pr, pair.len_r))):
-            aligned = policy - tokens[i].sum(sides[i].log_sum_sq, policy.dtype)
-            mean = mean + aligned / length
-        likely = torch.exp(mean)
-        weight = likely if weight is None else weight * likely
+    if likely is not None:
+        likelihood = torch.exp(likely[0] / pair.len_c + likely[1] / pair.len_r)
+        weight = likelihood if weight is None else weight * likelihood
     if call.parameters.min_reward_margin > 0:
         margin = (pair.reward_c - pair.reward_r).abs()
         # a NaN reward must not pass for a filtered pair

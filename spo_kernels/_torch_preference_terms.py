@@ -160,8 +160,9 @@ def discopop(pair, parameters):
     m, tau = _margin(pair, parameters), parameters.discopop_tau
     blend, rest = torch.sigmoid(m / tau), torch.sigmoid(-m / tau)
     logistic = softplus(-m)
-    # blend * exp(-m), which would be 0 * inf far below 0
-    exponential = torch.exp(-softplus(-m / tau) - m)
+    # far below 0 the product would be 0 * inf, elsewhere it is the more exact
+    far = torch.exp(-softplus(-m / tau) - m)
+    exponential = torch.where(m < -LARGEST_EXPONENT, far, blend * torch.exp(-m))
     slope = rest / tau * (exponential - blend * logistic) - rest * torch.sigmoid(-m) - exponential
     return _of_margin(rest * logistic + exponential, slope, parameters.beta)
 

@@ -56,7 +56,9 @@ def make_case(names, P, *, form="sums", dtype=torch.float32, seed=0, extras=Fals
         for side in ("chosen", "rejected"):
             inputs[f"reward_{side}"] = torch.randn(P, generator=generator)
     if extras and not any(row.sorts for row in rows):
-        inputs["pair_weights"] = torch.randint(0, 3, (P,), generator=generator).float()
+        # few pairs that count nothing: over one or two, eager's error is luck
+        inputs["pair_weights"] = 0.5 + torch.rand(P, generator=generator)
+        inputs["pair_weights"][1::7] = 0.0
         inputs["min_reward_margin"] = 0.3
         for side in ("chosen", "rejected"):
             inputs[f"{side}_log_sum_sq_probs"] = logps(2.0)

@@ -35,16 +35,17 @@ pair_counts = st.one_of(st.sampled_from([BLOCK_P - 1, BLOCK_P + 1]), st.integers
 )
 def test_forward_and_gradients(backend, dtype, names, P, beta, form, seed):
     """Every type and mixes of them, in every form, bare and with all extras, random upstream."""
-    if form != "sums":
+    if form != "sums" and backend == ("triton", "cpu"):
         # a program a pair: the interpreter needs a while for each
         P = 8
     generator = torch.Generator().manual_seed(seed)
     upstream = torch.randn(P, generator=generator)
     weights = (0.5 + torch.rand(len(names), generator=generator)).tolist()
     mix = {"loss_type": names, "loss_weights": weights, "beta": beta, **OPTIONS}
-    # fp16 gradients of a loss that grows like exp(m) must stay within its range
     case = {"form": form, "dtype": dtype, "seed": seed}
-    case["scale"] = 6.0 if dtype == torch.float16 else 60.0
+    # fp16 gradients of a loss that grows like exp(m) must stay within its range; over a few pairs
+    # of large sums the error of eager is luck, and half of it no measure
+    case["scale"] = 60.0 if form == "sums" and dtype != torch.float16 else 6.0
     tensors, inputs = make_case(names, P, **case, extras=True)
     compare(backend, tensors, upstream, **inputs, **mix)
     tensors, inputs = make_case(names, P, **case)

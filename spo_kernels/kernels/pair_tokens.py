@@ -1,7 +1,8 @@
 """Sums over the tokens of each pair's responses, and the gradients that go back to them.
 
 A response is a sum, a row of tokens, or the tokens between two offsets. One program owns BLOCK_P
-pairs and walks their tokens BLOCK_T at a time; sums are fp32, addresses int64.
+pairs and walks their tokens BLOCK_T at a time. Sums over tokens are fp64 until the reference's is
+subtracted, so that a score is rounded once however long the response; addresses are int64.
 """
 
 from typing import Any, NamedTuple
@@ -59,17 +60,15 @@ def _counts_of(mask_ptr, offs, inside):
 
 
 @triton.jit
-def _token_sum(ptr, less_ptr, mask_ptr, start, end, tail, tail_weight, BLOCK_T: tl.constexpr):
-    # [BLOCK_P]; less is subtracted token by token, tail is the first token that weighs tail_weight
-    acc = tl.zeros([start.shape[0], BLOCK_T], tl.float32)
+def _token_sum(ptr, mask_ptr, start, end, tail, tail_weight, BLOCK_T: tl.constexpr):
+    # [BLOCK_P] fp64; tail is the first token that weighs tail_weight
+    acc = tl.zeros([start.shape[0], BLOCK_T], tl.float64)
     for t in range(0, tl.max(end - start, axis=0), BLOCK_T):
         offs = start[:, None] + t + tl.arange(0, BLOCK_T)[None, :]
         inside = offs < end[:, None]
         if mask_ptr is not None:
             inside = inside & _counts_of(mask_ptr, offs, inside)
-        value = tl.load(ptr + offs, mask=inside, other=0.0).to(tl.float32)
-        if less_ptr is not None:
-            value -= tl.load(less_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(ptr + offs, mask=inside, other=0.0).to(tl.float64)
         if tail is not None:
             value = tl.where(offs >= tail[:, None], tail_weight * value, value)
         acc += value
@@ -119,7 +118,7 @@ def tail_of(mask_ptr, start, end, shared, BLOCK_T: tl.constexpr):
 @triton.jit
 def _sum_of(tokens, sums, mask_ptr, start, end, tail, alpha, offs_p, mask_p, BLOCK_T: tl.constexpr):
     if tokens is not None:
-        value = _token_sum(tokens, None, mask_ptr, start, end, tail, alpha, BLOCK_T)
+        value = _token_sum(tokens, mask_ptr, start, end, tail, alpha, BLOCK_T)
     else:
         value = tl.load(sums + offs_p, mask=mask_p, other=0.0).to(tl.float32)
     return value
@@ -129,13 +128,13 @@ def _sum_of(tokens, sums, mask_ptr, start, end, tail, alpha, offs_p, mask_p, BLO
 def read_side(
     side, start, end, tail, ld_alpha, scratch_ptr, P, offs_p, mask_p, BLOCK_T: tl.constexpr
 ):
-    """Return (score, policy, reference, policy without tail weights, length, square)."""
+    """Return (score, policy, reference, policy without tail weights, length, policy - square)."""
     plain = _sum_of(
         side.tokens, side.sums, side.mask, start, end, None, 1.0, offs_p, mask_p, BLOCK_T
     )
     policy = plain
     if tail is not None:
-        policy = _token_sum(side.tokens, None, side.mask, start, end, tail, ld_alpha, BLOCK_T)
+        policy = _token_sum(side.tokens, side.mask, start, end, tail, ld_alpha, BLOCK_T)
     ref = tl.zeros_like(plain)
     if side.ref_tokens is not None or side.ref_sums is not None:
         ref = _sum_of(
@@ -150,15 +149,10 @@ def read_side(
             mask_p,
             BLOCK_T,
         )
-    score = policy - ref
-    if side.tokens is not None and side.ref_tokens is not None:
-        # differences of tokens are small, and so is what their sum rounds off
-        score = _token_sum(
-            side.tokens, side.ref_tokens, side.mask, start, end, tail, ld_alpha, BLOCK_T
-        )
-    square = tl.zeros_like(plain)
+    score = (policy - ref).to(tl.float32)
+    aligned = plain
     if side.square_tokens is not None or side.square_sums is not None:
-        square = _sum_of(
+        aligned = plain - _sum_of(
             side.square_tokens,
             side.square_sums,
             side.mask,
@@ -170,6 +164,8 @@ def read_side(
             mask_p,
             BLOCK_T,
         )
+    policy, ref = policy.to(tl.float32), ref.to(tl.float32)
+    plain, aligned = plain.to(tl.float32), aligned.to(tl.float32)
     length = tl.zeros_like(plain)
     if side.lengths is not None:
         length = tl.load(side.lengths + offs_p, mask=mask_p, other=0).to(tl.float32)
@@ -183,16 +179,16 @@ def read_side(
         tl.store(at + P, ref, mask=mask_p)
         tl.store(at + 2 * P, plain, mask=mask_p)
         tl.store(at + 3 * P, length, mask=mask_p)
-        tl.store(at + 4 * P, square, mask=mask_p)
+        tl.store(at + 4 * P, aligned, mask=mask_p)
         tl.store(at + 5 * P, score, mask=mask_p)
         tl.debug_barrier()
         policy = tl.load(at, mask=mask_p, other=0.0)
         ref = tl.load(at + P, mask=mask_p, other=0.0)
         plain = tl.load(at + 2 * P, mask=mask_p, other=0.0)
         length = tl.load(at + 3 * P, mask=mask_p, other=0.0)
-        square = tl.load(at + 4 * P, mask=mask_p, other=0.0)
+        aligned = tl.load(at + 4 * P, mask=mask_p, other=0.0)
         score = tl.load(at + 5 * P, mask=mask_p, other=0.0)
-    return score, policy, ref, plain, length, square
+    return score, policy, ref, plain, length, aligned
 
 
 @triton.jit

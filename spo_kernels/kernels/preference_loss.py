@@ -123,10 +123,10 @@ def _preference_loss_fwd_kernel(
     if scratch_ptr is not None:
         scratch_r_ptr = scratch_ptr + SCRATCH_ROWS * P
         scratch_x_ptr = scratch_ptr + 2 * SCRATCH_ROWS * P
-    score_c, policy_c, ref_c, pc, count_c, square_c = read_side(
+    score_c, policy_c, ref_c, pc, count_c, aligned_c = read_side(
         chosen, start_c, end_c, tail_c, ld_alpha, scratch_ptr, P, offs_p, mask_p, BLOCK_T
     )
-    score_r, policy_r, ref_r, pr, count_r, square_r = read_side(
+    score_r, policy_r, ref_r, pr, count_r, aligned_r = read_side(
         rejected, start_r, end_r, tail_r, ld_alpha, scratch_r_ptr, P, offs_p, mask_p, BLOCK_T
     )
     x, px, count_x = pc, pc, count_c
@@ -164,7 +164,7 @@ def _preference_loss_fwd_kernel(
     if pair_weights_ptr is not None:
         weight = tl.load(pair_weights_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)
     if chosen.square_tokens is not None or chosen.square_sums is not None:
-        weight *= tl.exp((pc - square_c) / len_c + (pr - square_r) / len_r)
+        weight *= tl.exp(aligned_c / len_c + aligned_r / len_r)
     if reward_chosen_ptr is not None:
         # a NaN reward must not pass for a filtered pair
         is_near = tl.abs(pair.reward_c - pair.reward_r) < parameters.min_reward_margin

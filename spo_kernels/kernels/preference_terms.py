@@ -212,8 +212,8 @@ def _discopop(pair, parameters):
     logistic, lost = softplus_and_sigmoid(-m)
     down, rest = softplus_and_sigmoid(-m / tau)
     _, blend = softplus_and_sigmoid(m / tau)
-    # blend * exp(-m), which would be 0 * inf far below 0
-    exponential = tl.exp(-down - m)
+    # far below 0 the product would be 0 * inf, elsewhere it is the more exact
+    exponential = tl.where(m < -LARGEST_EXPONENT, tl.exp(-down - m), blend * tl.exp(-m))
     slope = rest / tau * (exponential - blend * logistic) - rest * lost - exponential
     return _of_margin(rest * logistic + exponential, slope, parameters.beta)
 
