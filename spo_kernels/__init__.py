@@ -19,10 +19,15 @@ if TYPE_CHECKING:
         smart_stop_words,
     )
     from spo_kernels.linear_logprob import LinearLogprobOutput, linear_logprob
+    from spo_kernels.linear_preference_loss import (
+        LinearPreferenceLossOutput,
+        linear_preference_loss,
+    )
     from spo_kernels.listwise_preference_loss import (
         ListwisePreferenceLossOutput,
         listwise_preference_loss,
     )
+    from spo_kernels.pair_planner import plan_linear_preference_loss
     from spo_kernels.planner import Plan, plan_linear_logprob
     from spo_kernels.preference_loss import PreferenceLossOutput, preference_loss
     from spo_kernels.unpaired_preference_loss import (
@@ -37,6 +42,7 @@ __all__ = [
     "DegreeLossOutput",
     "KeyPhrase",
     "LinearLogprobOutput",
+    "LinearPreferenceLossOutput",
     "ListwisePreferenceLossOutput",
     "Plan",
     "PreferenceCollator",
@@ -47,8 +53,10 @@ __all__ = [
     "degree_loss",
     "extract_key_content",
     "linear_logprob",
+    "linear_preference_loss",
     "listwise_preference_loss",
     "plan_linear_logprob",
+    "plan_linear_preference_loss",
     "preference_loss",
     "removal_level",
     "shorten",
@@ -67,6 +75,7 @@ _MODULE_OF = {
     "DegreeLossOutput": "degree_loss",
     "KeyPhrase": "key_content",
     "LinearLogprobOutput": "linear_logprob",
+    "LinearPreferenceLossOutput": "linear_preference_loss",
     "Plan": "planner",
     "PreferenceCollator": "collator",
     "PreferenceLossOutput": "preference_loss",
@@ -75,7 +84,9 @@ _MODULE_OF = {
     "degree_loss": "degree_loss",
     "extract_key_content": "key_content",
     "linear_logprob": "linear_logprob",
+    "linear_preference_loss": "linear_preference_loss",
     "plan_linear_logprob": "planner",
+    "plan_linear_preference_loss": "pair_planner",
     "preference_loss": "preference_loss",
     "removal_level": "key_content",
     "shorten": "key_content",

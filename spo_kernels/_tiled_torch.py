@@ -7,6 +7,9 @@ walked in the same steps and row chunks are padded to a multiple of TORCH_MIN_RO
 another path for a handful of rows).
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 
@@ -156,9 +159,19 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
 
 
 def backward(
-    call: Call, rows: Rows, inputs: Inputs, kept: Kept, grads: RowGrads, need: frozenset[str]
+    call: Call,
+    rows: Rows,
+    inputs: Inputs,
+    kept: Kept,
+    grads: RowGrads,
+    need: frozenset[str],
+    into: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
-    """Return the gradients named in ``need``, each in its parameter's dtype."""
+    """Return the gradients named in ``need``, each in its parameter's dtype.
+
+    A gradient that has an accumulator in ``into``, of the products' dtype, is added there and not
+    returned: hidden and lora_a as their scored rows ``[N, *]``, 0 so far, the others whole.
+    """
     capped = call.softcap is not None
     if call.strategy == "direction":
         if grads.entropy is None and not (capped and grads.mean_logits is not None):
@@ -171,14 +184,16 @@ def backward(
     needs_logits = grads.entropy is not None or grads.mean_logits is not None
     use_kept = kept.exps is not None and not (capped and needs_logits)
     sums = {
-        name: torch.zeros(N, tensor.shape[-1], dtype=acc, device=device)
+        name: into[name]
+        if name in into
+        else torch.zeros(N, tensor.shape[-1], dtype=acc, device=device)
         for name, tensor in (("hidden", inputs.hidden), ("lora_a", inputs.lora_a))
         if name in need
     }
     out = {
         name: torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         for name, tensor in zip(Inputs._fields[:5], inputs[:5], strict=True)
-        if name in need
+        if name in need and name not in into
     }
     vectors = row_coefficients(call, kept, grads, V)
     buffers = _Buffers(call, rows, chunk, acc, device)
@@ -186,7 +201,9 @@ def backward(
         head = _HeadSlice(call, inputs, v0, min(v0 + chunk, V), acc)
         v1 = v0 + head.width
         slices = {
-            name: torch.zeros(head.width, *out[name].shape[1:], dtype=acc, device=device)
+            name: into[name][v0:v1]
+            if name in into
+            else torch.zeros(head.width, *out[name].shape[1:], dtype=acc, device=device)
             for name in ("weight", "bias", "lora_b")
             if name in need
         }
@@ -216,9 +233,11 @@ def backward(
             if "bias" in slices:
                 slices["bias"] += grad.sum(0)
         for name, value in slices.items():
-            out[name][v0:v1] = value
+            if name in out:
+                out[name][v0:v1] = value
     for name, value in sums.items():
-        rows.put(out[name], 0, N, value)
+        if name in out:
+            rows.put(out[name], 0, N, value)
     return out
 
 

@@ -6,18 +6,19 @@ import torch
 
 from spo_kernels._call import Call, Inputs, Kept, RowGrads, Rows
 from spo_kernels._checks import (
-    FLOAT_DTYPES,
     check_choice,
-    check_dtype,
     check_positive_float,
-    check_same_device,
-    check_shape,
-    check_tensor,
-    dtype_name,
     fail,
     refuse_double_backward,
     refuse_fp64_on_triton,
     resolve_backend,
+)
+from spo_kernels._linear_inputs import (
+    backend_of,
+    check_head_inputs,
+    needed_grads,
+    planned_device,
+    scored_rows_of,
 )
 from spo_kernels.planner import GRAD_INPUTS, OUTPUTS, STRATEGIES, plan_linear_logprob
 
@@ -96,23 +97,24 @@ def linear_logprob(
         as in Wijmans et al. 2024, arXiv:2411.09009. Differs from it by: logits in fp32, no
         gradient filter, a byte budget.
     """
-    compute_dtype = _check(hidden, weight, labels, bias, lora, outputs, strategy)
+    compute_dtype = check_head_inputs(_OP, hidden, weight, labels, bias, lora)
+    if isinstance(outputs, str) or not outputs:
+        fail(_OP, "outputs", "be a non-empty tuple of names", repr(outputs), error=TypeError)
+    for name in outputs:
+        check_choice(_OP, "outputs", name, OUTPUTS)
+    check_choice(_OP, "strategy", strategy, ("auto", *STRATEGIES))
     temperature = check_positive_float(_OP, "temperature", temperature)
     logit_scale = check_positive_float(_OP, "logit_scale", logit_scale)
     if softcap is not None:
         softcap = check_positive_float(_OP, "softcap", softcap)
     backend = resolve_backend(_OP, backend, hidden)
     refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype})
-    rows, row_labels, exact = _scored_rows(
-        hidden, labels, weight.shape[0], ignore_index, scored_rows, validate
+    rows, row_labels, exact = scored_rows_of(
+        _OP, hidden, labels, weight.shape[0], ignore_index, scored_rows, validate
     )
     lora_a, lora_b = lora if lora is not None else (None, None)
     tensors = (hidden, weight, bias, lora_a, lora_b)
-    needs = frozenset(
-        name
-        for name, tensor in zip(GRAD_INPUTS, tensors, strict=True)
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-    )
+    needs = needed_grads(tensors)
     plan = plan_linear_logprob(
         rows=rows.count,
         hidden_size=weight.shape[1],
@@ -129,7 +131,7 @@ def linear_logprob(
         head_copied=weight.stride(1) != 1,
         budget_bytes=budget_bytes,
         strategy=strategy,
-        device=_device_name(backend, hidden.device),
+        device=planned_device(backend, hidden.device),
     )
     call = Call(
         backend=backend,
@@ -171,7 +173,7 @@ class _LinearLogprobFunction(torch.autograd.Function):
         inputs = Inputs(hidden, weight, bias, lora_a, lora_b, labels)
         # autocast would round the fp32 products of the tiles
         with torch.autocast(hidden.device.type, enabled=False):
-            values, kept = _backend(call).forward(call, rows, inputs)
+            values, kept = backend_of(call.backend).forward(call, rows, inputs)
         ctx.save_for_backward(*inputs, *kept)
         ctx.call, ctx.rows = call, rows
         out = tuple(
@@ -208,145 +210,5 @@ class _LinearLogprobFunction(torch.autograd.Function):
         if all(grad is None for grad in grads) or not need:
             return (None,) * 8
         with torch.autocast(inputs.hidden.device.type, enabled=False):
-            grad = _backend(call).backward(call, rows, inputs, kept, grads, need)
+            grad = backend_of(call.backend).backward(call, rows, inputs, kept, grads, need)
         return (*(grad.get(name) for name in GRAD_INPUTS), None, None, None)
-
-
-def _backend(call: Call):
-    if call.backend == "triton":
-        from spo_kernels.kernels import linear_logprob_strategies
-
-        return linear_logprob_strategies
-    from spo_kernels import _tiled_torch
-
-    return _tiled_torch
-
-
-def _device_name(backend: str, device: torch.device) -> str:
-    if backend == "torch":
-        return "cpu"
-    from spo_kernels.kernels.device import arch_of
-
-    return f"cuda:{arch_of(device)}"
-
-
-def _scored_rows(
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    vocab_size: int,
-    ignore_index: int,
-    scored_rows: int | None,
-    validate: bool,
-) -> tuple[Rows, torch.Tensor, torch.Tensor | None]:
-    """Return the scored rows, their labels and, without a sync, whether the count was right."""
-    scored = labels != ignore_index
-    if scored_rows is not None and (
-        isinstance(scored_rows, bool) or not isinstance(scored_rows, int)
-    ):
-        fail(_OP, "scored_rows", "be an int or None", type(scored_rows).__name__, error=TypeError)
-    if scored_rows is not None and not 0 <= scored_rows <= labels.numel():
-        fail(_OP, "scored_rows", f"be between 0 and {labels.numel()}", scored_rows)
-    on_host = labels.device.type == "cpu"
-    exact = None
-    if scored_rows is None or validate or on_host:
-        outside = scored & ((labels < 0) | (labels >= vocab_size))
-        # the one host read of the call
-        count, bad = torch.stack((scored.sum(), outside.sum())).tolist()
-        if bad:
-            place = int(outside.flatten().nonzero()[0])
-            raise IndexError(
-                f"{_OP}: target {int(labels.flatten()[place])} at row {place} outside "
-                f"[0, {vocab_size})"
-            )
-        if scored_rows is not None and scored_rows != count:
-            fail(_OP, "scored_rows", f"be the number of scored labels, {count}", scored_rows)
-        scored_rows = count
-    else:
-        exact = scored.sum() == scored_rows
-
-    flat_view = all(
-        hidden.stride(i) == hidden.stride(i + 1) * hidden.size(i + 1)
-        for i in range(hidden.dim() - 2)
-    )
-    if scored_rows == labels.numel() and flat_view:
-        return Rows(scored_rows, labels.shape, None), labels.reshape(-1).long().contiguous(), exact
-    places = torch.nonzero_static(scored, size=scored_rows, fill_value=0)
-    index = tuple(places.t().contiguous().unbind())
-    rows = Rows(scored_rows, labels.shape, index)
-    return rows, labels[index].long(), exact
-
-
-def _check(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora: tuple[torch.Tensor, torch.Tensor] | None,
-    outputs: tuple[str, ...],
-    strategy: str,
-) -> torch.dtype:
-    """Refuse bad input and return the compute dtype (autocast's where it is on)."""
-    named = {"hidden": hidden, "weight": weight, "labels": labels}
-    for name, tensor in named.items():
-        check_tensor(_OP, name, tensor)
-    named["bias"] = bias
-    floats = (*FLOAT_DTYPES, torch.float64)
-    check_dtype(_OP, "hidden", hidden, floats)
-    check_dtype(_OP, "labels", labels, (torch.int64, torch.int32))
-    if hidden.dim() != labels.dim() + 1 or hidden.dim() < 2:
-        fail(
-            _OP,
-            "labels",
-            f"have hidden's leading shape {tuple(hidden.shape[:-1])}, at least one axis",
-            tuple(labels.shape),
-        )
-    H = hidden.shape[-1]
-    check_shape(_OP, "labels", labels, tuple(hidden.shape[:-1]), f"{tuple(hidden.shape[:-1])}")
-    if weight.dim() == 2 and weight.numel() == 0:
-        fail(
-            _OP,
-            "weight",
-            f"hold [V, H] elements with H={H}",
-            f"0 elements {tuple(weight.shape)}",
-            way_out="A sharded head must be gathered first (ZeRO-3: GatheredParameters).",
-            error=RuntimeError,
-        )
-    check_shape(_OP, "weight", weight, (None, H), f"[V, H] with H={H}")
-    V = weight.shape[0]
-    heads = {"weight": weight}
-    if bias is not None:
-        check_tensor(_OP, "bias", bias)
-        check_shape(_OP, "bias", bias, (V,), f"[V] with V={V}")
-        heads["bias"] = bias
-    if lora is not None:
-        if not (isinstance(lora, tuple) and len(lora) == 2):
-            fail(_OP, "lora", "be a pair (a_out, b)", type(lora).__name__, error=TypeError)
-        a_out, b = lora
-        for name, tensor in (("lora a_out", a_out), ("lora b", b)):
-            check_tensor(_OP, name, tensor)
-        check_shape(_OP, "lora b", b, (V, None), f"[V, r] with V={V}")
-        if b.shape[1] == 0:
-            fail(_OP, "lora b", "have rank r >= 1", 0)
-        leading, rank = tuple(hidden.shape[:-1]), b.shape[1]
-        check_shape(_OP, "lora a_out", a_out, (*leading, rank), f"{(*leading, rank)}")
-        heads["lora a_out"], heads["lora b"] = a_out, b
-    check_same_device(_OP, {**named, **heads})
-
-    autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
-    for name, tensor in heads.items():
-        check_dtype(_OP, name, tensor, floats)
-        if tensor.dtype != hidden.dtype and not autocast:
-            fail(
-                _OP,
-                name,
-                f"have hidden's dtype {dtype_name(hidden.dtype)}",
-                dtype_name(tensor.dtype),
-                way_out="Cast one of them, or run under torch.autocast.",
-                error=TypeError,
-            )
-    if isinstance(outputs, str) or not outputs:
-        fail(_OP, "outputs", "be a non-empty tuple of names", repr(outputs), error=TypeError)
-    for name in outputs:
-        check_choice(_OP, "outputs", name, OUTPUTS)
-    check_choice(_OP, "strategy", strategy, ("auto", *STRATEGIES))
-    return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype

@@ -59,7 +59,8 @@ class LossType:
         inputs: what it needs beside log-probs: "lengths", "response", "response_lengths",
             "rewards".
         positive: parameters that must be > 0 here though their range holds 0.
-        batch: its value for one pair depends on the other pairs of the call.
+        mean_over: the responses whose tokens in the whole batch it is a mean over: 0 chosen,
+            1 rejected, 2 the third one.
         divergence: it may be combined with an f-divergence (arXiv:2309.16240): it is a function of
             ``c - r``, or of no score at all.
         peers: what else has it: "TRL" 1.16, "Liger" 0.8.5.
@@ -72,7 +73,7 @@ class LossType:
     parameters: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     positive: tuple[str, ...] = ()
-    batch: bool = False
+    mean_over: tuple[int, ...] = ()
     divergence: bool = False
     peers: tuple[str, ...] = ()
 
@@ -85,6 +86,16 @@ class LossType:
     def has_statistic(self) -> bool:
         """Whether one statistic of all margins moves every pair's loss."""
         return FIRST_STATISTIC_ID <= self.id < FIRST_POLICY_ID
+
+    @property
+    def of_margin(self) -> bool:
+        """Whether it is a function of m alone: the slopes of both sides are opposite."""
+        return self.id < FIRST_SORTED_ID and self.divergence and not self.inputs
+
+    @property
+    def batch(self) -> bool:
+        """Whether its value for one pair depends on the other pairs of the call."""
+        return self.sorts or self.has_statistic or bool(self.mean_over)
 
 
 PARAMETERS = (
@@ -200,7 +211,6 @@ LOSS_TYPES = (
         "u_k = sort(pc - pr)_k - sort(ref_c - ref_r)_k, eps = label_smoothing",
         paper="Melnyk et al. 2024, arXiv:2406.05882, paired; losses[k] is of rank k",
         parameters=("beta", "label_smoothing"),
-        batch=True,
         peers=_TRL,
     ),
     LossType(
@@ -210,7 +220,6 @@ LOSS_TYPES = (
         "eps = label_smoothing",
         paper="Melnyk et al. 2024, arXiv:2406.05882, unpaired; losses[k] is of rank k",
         parameters=("beta", "label_smoothing"),
-        batch=True,
         peers=_TRL,
     ),
     LossType(
@@ -288,7 +297,6 @@ LOSS_TYPES = (
         "M = 0.5 + 0.01 (s(mean(u)) - 0.5)",
         paper=f"{_DISCOPOP}, discovered sibling",
         parameters=("beta",),
-        batch=True,
     ),
     LossType(
         name="aqfl",
@@ -297,7 +305,6 @@ LOSS_TYPES = (
         "Q = 0.95 std(u) mean(s(-u)) + 0.05 s(mean(u))",
         paper=f"{_DISCOPOP}, discovered sibling; the deviation of a single pair counts 0",
         parameters=("beta",),
-        batch=True,
     ),
     LossType(
         name="dbaql",
@@ -305,7 +312,6 @@ LOSS_TYPES = (
         formula="q sp(-m / 0.9) + (1 - q) exp(-0.9 m), q = s(var(m / 0.05))",
         paper=f"{_DISCOPOP}, discovered sibling; the variance of a single pair counts 0",
         parameters=("beta",),
-        batch=True,
     ),
     LossType(
         name="ada_dpo",
@@ -336,7 +342,7 @@ LOSS_TYPES = (
         formula="-pc P / sum(len_c)",
         paper="the chosen tokens' mean negative log-prob over the batch, as in TRL's DPO and CPO",
         inputs=("lengths",),
-        batch=True,
+        mean_over=(0,),
         divergence=True,
         peers=_BOTH,
     ),
@@ -395,7 +401,7 @@ LOSS_TYPES = (
         paper="Tajwar et al. 2024, arXiv:2404.14367: reward-weighted regression",
         parameters=("rwr_temperature", "rwr_max_weight"),
         inputs=("lengths", "rewards"),
-        batch=True,
+        mean_over=(0, 1),
         divergence=True,
     ),
     LossType(
@@ -413,7 +419,7 @@ LOSS_TYPES = (
         paper="the third response's mean negative log-prob over the batch: ORPO's prompt and "
         "chosen (arXiv:2403.07691), TPO's gold response (arXiv:2405.16681)",
         inputs=("response", "response_lengths"),
-        batch=True,
+        mean_over=(2,),
         divergence=True,
         peers=_TRL,
     ),

@@ -16,7 +16,8 @@ import torch
 from spo_kernels._checks import check_choice, fail
 from spo_kernels._plan_models import MIN_VOCAB_STEP, Sizes, torch_candidates, triton_candidates
 
-Strategy = Literal["score", "direction", "resident", "recompute"]
+Strategy = Literal["score", "direction", "resident", "recompute", "pairwise"]
+# what linear_logprob can run; ``pairwise`` is linear_preference_loss's own
 STRATEGIES: tuple[Strategy, ...] = ("score", "direction", "resident", "recompute")
 OUTPUTS = ("logps", "entropy", "logsumexp", "mean_logits", "is_top1", "log_sum_sq_probs")
 GRAD_INPUTS = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -55,11 +56,13 @@ class Candidate:
     bytes_moved: int
     peak_bytes: int
     time_ms: float
+    # pairwise: rows whose exponentials live at one time
+    group_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What ``linear_logprob`` will run, and the table it was chosen from."""
+    """What a call will run, and the table it was chosen from."""
 
     strategy: Strategy
     row_chunk: int
@@ -74,26 +77,25 @@ class Plan:
     vocab_size: int
     device: str
     candidates: tuple[Candidate, ...]
+    op: str = "linear_logprob"
+    group_rows: int = 0
 
     def explain(self) -> str:
         """Return the table the plan was chosen from, the chosen row marked with ``*``."""
         head = (
-            f"linear_logprob: {self.rows} rows x hidden {self.hidden_size} x vocab "
+            f"{self.op}: {self.rows} rows x hidden {self.hidden_size} x vocab "
             f"{self.vocab_size} on {self.device}, budget {_human(self.budget_bytes)}"
         )
         titles = ("", "strategy", "units", "row_chunk", "vocab_chunk", "workspace", "moved", "time")
         lines = [titles]
+        mine = (self.strategy, self.row_chunk, self.vocab_chunk, self.group_rows)
         for c in self.candidates:
-            chosen = (c.strategy, c.row_chunk, c.vocab_chunk) == (
-                self.strategy,
-                self.row_chunk,
-                self.vocab_chunk,
-            )
+            chosen = (c.strategy, c.row_chunk, c.vocab_chunk, c.group_rows) == mine
             mark = "*" if chosen else "" if c.peak_bytes <= self.budget_bytes else "over"
             lines.append(
                 (
                     mark,
-                    c.strategy,
+                    c.strategy + (f" of {c.group_rows} rows" if c.group_rows else ""),
                     str(c.gemm_units),
                     str(c.row_chunk),
                     str(c.vocab_chunk),
@@ -164,38 +166,35 @@ def plan_linear_logprob(
         ("vocab_size", vocab_size, 1),
         ("lora_rank", lora_rank, 0),
     ):
-        if isinstance(size, bool) or not isinstance(size, int) or size < least:
-            fail(_OP, name, f"be an int >= {least}", size)
+        check_size(_OP, name, size, least)
     needs, asked = tuple(needs_grad), tuple(outputs)
     for name in needs:
         check_choice(_OP, "needs_grad", name, GRAD_INPUTS)
     for name in asked:
         check_choice(_OP, "outputs", name, OUTPUTS)
     check_choice(_OP, "strategy", strategy, ("auto", *STRATEGIES))
-    kind, facts = _device_facts(device)
-    if budget_bytes is None:
-        budget_bytes = default_budget_bytes(
+    budget_bytes = check_budget(
+        _OP,
+        budget_bytes,
+        default_budget_bytes(
             rows, hidden_size, vocab_size, needs, itemsize=dtype.itemsize, device=device
-        )
-    elif isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes <= 0:
-        fail(_OP, "budget_bytes", "be an int > 0", budget_bytes)
-
-    sizes = Sizes(
-        N=rows,
-        H=hidden_size,
-        V=vocab_size,
-        R=lora_rank,
-        item=dtype.itemsize,
-        weight_item=(weight_dtype or dtype).itemsize,
-        needs=frozenset(needs),
-        stats=2 + len({"entropy", "log_sum_sq_probs", "mean_logits"} & set(asked)),
-        capped=softcap is not None,
-        cast_item=0 if hidden_dtype in (None, dtype) else hidden_dtype.itemsize,
-        gathered=gathered,
-        kept_item=2 if dtype == torch.bfloat16 else 4,
-        head_copied=head_copied or (weight_dtype or dtype) != dtype,
+        ),
     )
-    allowed = _allowed_strategies(sizes.needs, softcap is not None, entropy_grad)
+    sizes = sizes_of(
+        rows=rows,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        hidden_dtype=hidden_dtype,
+        weight_dtype=weight_dtype,
+        needs_grad=needs,
+        outputs=asked,
+        lora_rank=lora_rank,
+        softcap=softcap,
+        gathered=gathered,
+        head_copied=head_copied,
+    )
+    allowed = allowed_strategies(sizes.needs, softcap is not None, entropy_grad)
     if strategy != "auto":
         if strategy not in allowed:
             raise NotImplementedError(
@@ -203,22 +202,73 @@ def plan_linear_logprob(
                 f"({', '.join(sorted(sizes.needs)) or 'none'}). Use one of {', '.join(allowed)}."
             )
         allowed = (strategy,)
+    candidates = list_candidates(sizes, allowed, budget_bytes, device)
+    return choose(_OP, candidates, sizes, budget_bytes, device)
 
+
+def sizes_of(
+    *,
+    rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    hidden_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    needs_grad: Iterable[str],
+    outputs: Iterable[str],
+    lora_rank: int,
+    softcap: float | None,
+    gathered: bool,
+    head_copied: bool,
+) -> Sizes:
+    """Return what the models need of a call."""
+    return Sizes(
+        N=rows,
+        H=hidden_size,
+        V=vocab_size,
+        R=lora_rank,
+        item=dtype.itemsize,
+        weight_item=(weight_dtype or dtype).itemsize,
+        needs=frozenset(needs_grad),
+        stats=2 + len({"entropy", "log_sum_sq_probs", "mean_logits"} & set(outputs)),
+        capped=softcap is not None,
+        cast_item=0 if hidden_dtype in (None, dtype) else hidden_dtype.itemsize,
+        gathered=gathered,
+        kept_item=2 if dtype == torch.bfloat16 else 4,
+        head_copied=head_copied or (weight_dtype or dtype) != dtype,
+    )
+
+
+def list_candidates(
+    sizes: Sizes, strategies: Iterable[Strategy], budget_bytes: int, device: str
+) -> list[Candidate]:
+    """Return every strategy and chunk size that the budget is asked about."""
+    kind, facts = device_facts(device)
     model = torch_candidates if kind == "cpu" else triton_candidates
     candidates = []
-    for name in allowed:
-        units = _gemm_units(name, sizes.needs)
+    for name in strategies:
+        units = gemm_units(name, sizes.needs)
         for row_chunk, vocab_chunk, peak, moved in model(name, sizes, budget_bytes):
-            seconds = units * 2 * sizes.N * sizes.H * sizes.V / facts.flops
-            seconds += moved / facts.bytes_per_second
-            candidates.append(
-                Candidate(name, row_chunk, vocab_chunk, units, moved, peak, seconds * 1e3)
-            )
+            time_ms = predicted_ms(facts, units, sizes, moved)
+            candidates.append(Candidate(name, row_chunk, vocab_chunk, units, moved, peak, time_ms))
+    return candidates
+
+
+def predicted_ms(facts: DeviceFacts, units: int, sizes: Sizes, moved: int) -> float:
+    """Return the time model's answer: products at full rate, then the bytes."""
+    seconds = units * 2 * sizes.N * sizes.H * sizes.V / facts.flops
+    return (seconds + moved / facts.bytes_per_second) * 1e3
+
+
+def choose(
+    op: str, candidates: list[Candidate], sizes: Sizes, budget_bytes: int, device: str
+) -> Plan:
+    """Return the fastest candidate that fits, or raise with the smallest budget that works."""
     fitting = [c for c in candidates if c.peak_bytes <= budget_bytes]
     if not fitting:
         smallest = min(candidates, key=lambda c: c.peak_bytes)
         fail(
-            _OP,
+            op,
             "budget_bytes",
             f"be at least {smallest.peak_bytes} (strategy {smallest.strategy!r})",
             budget_bytes,
@@ -227,12 +277,28 @@ def plan_linear_logprob(
     return Plan(
         **dataclasses.asdict(best),
         budget_bytes=budget_bytes,
-        rows=rows,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
+        rows=sizes.N,
+        hidden_size=sizes.H,
+        vocab_size=sizes.V,
         device=device,
         candidates=tuple(candidates),
+        op=op.removeprefix("plan_"),
     )
+
+
+def check_size(op: str, name: str, size: int, least: int) -> None:
+    """Require an int of at least ``least``."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < least:
+        fail(op, name, f"be an int >= {least}", size)
+
+
+def check_budget(op: str, budget_bytes: int | None, default: int) -> int:
+    """Return the budget, ``default`` for None."""
+    if budget_bytes is None:
+        return default
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes <= 0:
+        fail(op, "budget_bytes", "be an int > 0", budget_bytes)
+    return budget_bytes
 
 
 def default_budget_bytes(
@@ -249,12 +315,13 @@ def default_budget_bytes(
     256 MiB (64 MiB on cpu), the gathered rows and an fp32 ``[N, H]``, 256 columns more of both for
     what else a row needs, and an fp32 ``[V, H]`` if the weight trains.
     """
-    slack = _device_facts(device)[1].slack_bytes
+    slack = device_facts(device)[1].slack_bytes
     weight_bytes = 4 * vocab_size * hidden_size if "weight" in tuple(needs_grad) else 0
     return slack + (4 + itemsize) * rows * (hidden_size + MIN_VOCAB_STEP) + weight_bytes
 
 
-def _device_facts(device: str) -> tuple[str, DeviceFacts]:
+def device_facts(device: str) -> tuple[str, DeviceFacts]:
+    """Return "cpu" or the planned architecture, and what is known of it."""
     if device == "cpu":
         return "cpu", _DEVICES["cpu"]
     arch = device.removeprefix("cuda:")
@@ -266,9 +333,10 @@ def _device_facts(device: str) -> tuple[str, DeviceFacts]:
     return key, _DEVICES[key]
 
 
-def _allowed_strategies(
+def allowed_strategies(
     needs: frozenset[str], softcap: bool, entropy_grad: bool
 ) -> tuple[Strategy, ...]:
+    """Return the strategies of ``linear_logprob`` that can give these gradients."""
     if not needs:
         return ("score",)
     head_grad = needs & {"weight", "bias", "lora_b"}
@@ -278,7 +346,8 @@ def _allowed_strategies(
     return ("resident", "recompute") if head_grad else ("direction", "resident", "recompute")
 
 
-def _gemm_units(strategy: Strategy, needs: frozenset[str]) -> int:
+def gemm_units(strategy: Strategy, needs: frozenset[str]) -> int:
+    """Return the N x H x V products of forward and backward."""
     products = ("hidden" in needs) + ("weight" in needs)
     if strategy == "score":
         return 1

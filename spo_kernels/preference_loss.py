@@ -197,7 +197,7 @@ class _PreferenceLossFunction(torch.autograd.Function):
     def forward(ctx: Any, call: PairCall, *tensors: torch.Tensor | None):
         ctx.set_materialize_grads(False)
         sides, data = _unpack(tensors)
-        scored = _backend(call.backend).preference_loss_fwd(*sides, data, call)
+        scored = loss_backend_of(call.backend).preference_loss_fwd(*sides, data, call)
         outputs = (scored.losses, *scored.rewards.unbind(), *scored.sums.unbind())
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.call, ctx.forms = call, tuple(None if side is None else side.form for side in sides)
@@ -214,7 +214,7 @@ class _PreferenceLossFunction(torch.autograd.Function):
         places = [1 + i * len(Side._fields) for i in range(_SIDES)]
         scored = Scored(*(None,) * _KEPT, *ctx.saved_tensors)
         needs = tuple(ctx.needs_input_grad[place] for place in places)
-        found = _backend(ctx.call.backend).preference_loss_bwd(
+        found = loss_backend_of(ctx.call.backend).preference_loss_bwd(
             grad_losses, scored, ctx.forms, ctx.call, needs
         )
         for place, grad in zip(places, found, strict=True):
@@ -233,7 +233,8 @@ def _unpack(tensors: tuple) -> tuple[tuple[Side, Side, Side | None], PairData]:
     return (sides[0], sides[1], response), PairData(*tensors[_SIDES * width :])
 
 
-def _backend(name: str):
+def loss_backend_of(name: str):
+    """Return the module that runs the forward and backward of a call."""
     if name == "triton":
         from spo_kernels.kernels import preference_loss
 

@@ -27,6 +27,7 @@ LAYERS = {
         "_pair_checks",
         "_pairs",
         "_plan_models",
+        "pair_planner",
         "planner",
         "reference",
         "reference_bradley_terry",
@@ -38,6 +39,7 @@ LAYERS = {
         "kernels.tiles",
     },
     2: {
+        "_linear_inputs",
         "_tiled_torch",
         "_torch_bradley_terry",
         "_torch_degree",
@@ -48,9 +50,11 @@ LAYERS = {
         "kernels.aot",
     },
     3: {
+        "_pairwise",
         "bradley_terry_loss",
         "degree_loss",
         "linear_logprob",
+        "linear_preference_loss",
         "listwise_preference_loss",
         "preference_loss",
         "unpaired_preference_loss",

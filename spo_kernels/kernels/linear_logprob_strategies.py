@@ -5,6 +5,9 @@ chunks; the backward walks vocab chunks with all rows inside, so each slice of g
 product.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 from spo_kernels._call import (
@@ -127,9 +130,19 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
 
 
 def backward(
-    call: Call, rows: Rows, inputs: Inputs, kept: Kept, grads: RowGrads, need: frozenset[str]
+    call: Call,
+    rows: Rows,
+    inputs: Inputs,
+    kept: Kept,
+    grads: RowGrads,
+    need: frozenset[str],
+    into: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
-    """Return the gradients named in ``need``, each in its parameter's dtype."""
+    """Return the gradients named in ``need``, each in its parameter's dtype.
+
+    A gradient that has an accumulator in ``into``, of the products' dtype, is added there and not
+    returned: hidden and lora_a as their scored rows ``[N, *]``, 0 so far, the others whole.
+    """
     needs_logits = grads.entropy is not None or grads.mean_logits is not None
     if call.strategy == "direction":
         if grads.entropy is None and not (call.softcap is not None and needs_logits):
@@ -145,10 +158,12 @@ def backward(
     out = {
         name: torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         for name, tensor in zip(Inputs._fields[:5], inputs[:5], strict=True)
-        if name in need
+        if name in need and name not in into
     }
     sums = {
-        name: torch.zeros(N, tensor.shape[-1], dtype=torch.float32, device=device)
+        name: into[name]
+        if name in into
+        else torch.zeros(N, tensor.shape[-1], dtype=torch.float32, device=device)
         for name, tensor in (("hidden", inputs.hidden), ("lora_a", inputs.lora_a))
         if name in need
     }
@@ -201,12 +216,23 @@ def backward(
             if name in sums:
                 _add_product(sums[name], grad, matrix)
         for name in ("weight", "bias", "lora_b"):
-            if name in need:
-                value = _product(grad.t(), right[name]).mul_(largest)
-                out[name][v0:v1] = value.squeeze(1) if name == "bias" else value
-                del value
+            if name not in need:
+                continue
+            total = (into if name in into else out)[name][v0:v1]
+            total = total[:, None] if name == "bias" else total
+            if name in into and not scaled:
+                _add_product(total, grad.t(), right[name])
+                continue
+            value = _product(grad.t(), right[name]).mul_(largest)
+            if name in into:
+                total += value
+            else:
+                total.copy_(value)
+            del value
     for name, value in sums.items():
         value.mul_(row_scale[:, None])
+        if name in into:
+            continue
         # a whole cast copy would be one more [N, H]
         for start in range(0, N, call.row_chunk):
             stop = min(start + call.row_chunk, N)
