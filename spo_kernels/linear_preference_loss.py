@@ -41,6 +41,7 @@ from spo_kernels.linear_logprob import linear_logprob
 from spo_kernels.loss_table import MAX_BATCH_PAIRS
 from spo_kernels.pair_planner import (
     PAIR_STRATEGIES,
+    POSITION_BYTES,
     pair_groups,
     plan_linear_preference_loss,
 )
@@ -237,7 +238,7 @@ def linear_preference_loss(
             softcap=softcap,
             ignore_index=ignore_index,
             scored_rows=rows.count,
-            budget_bytes=plan.budget_bytes,
+            budget_bytes=plan.budget_bytes - POSITION_BYTES * labels.numel(),
             strategy=plan.strategy,
             backend=backend,
         ).logps

@@ -37,7 +37,7 @@ _OP = "plan_linear_preference_loss"
 # a flush of the head's gradient a piece: smaller pieces never pay
 _LEAST_PIECE_ROWS = 64
 # index, labels, log-probs, lengths and masks of a row or a position
-_ROW_BYTES, _POSITION_BYTES = 128, 64
+_ROW_BYTES, POSITION_BYTES = 128, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +143,14 @@ def plan_linear_preference_loss(
         gathered=gathered,
         head_copied=head_copied,
     )
+    # what the strategies may use beside the batch's own vectors
+    aside = POSITION_BYTES * positions
     allowed = allowed_strategies(sizes.needs, softcap is not None, False)
     by_pair = []
     # a frozen head has two products whatever the rows: nothing to gain
-    if is_pairwise and "direction" not in allowed and allowed != ("score",):
+    if pair_rows and is_pairwise and "direction" not in allowed and allowed != ("score",):
         by_pair = _pairwise_candidates(
-            pair_rows, sizes, is_streamable, is_margin, budget_bytes, device
+            pair_rows, sizes, is_streamable, is_margin, budget_bytes - aside, device
         )
     if strategy == "pairwise" and not by_pair:
         why = "the head needs no gradient" if is_pairwise else "its loss couples the pairs"
@@ -160,11 +162,10 @@ def plan_linear_preference_loss(
                 f"({', '.join(sorted(needs)) or 'none'}). Use one of {', '.join(allowed)}."
             )
         allowed, by_pair = (strategy,), []
-    found = [] if strategy == "pairwise" else list_candidates(sizes, allowed, budget_bytes, device)
-    found = [
-        dataclasses.replace(c, peak_bytes=c.peak_bytes + _POSITION_BYTES * positions)
-        for c in [*found, *by_pair]
-    ]
+    found = by_pair
+    if strategy != "pairwise":
+        found = list_candidates(sizes, allowed, budget_bytes - aside, device) + by_pair
+    found = [dataclasses.replace(c, peak_bytes=c.peak_bytes + aside) for c in found]
     return choose(_OP, found, sizes, budget_bytes, device)
 
 

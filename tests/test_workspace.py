@@ -8,7 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spo_kernels import linear_logprob, plan_linear_logprob
+from spo_kernels import (
+    linear_logprob,
+    linear_preference_loss,
+    plan_linear_logprob,
+    plan_linear_preference_loss,
+)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -110,3 +115,53 @@ def test_peak(strategy, needs, options, dtype, ignored, monkeypatch):
         plan = plans[-1]
         assert plan.peak_bytes <= plan.budget_bytes
         assert peak <= plan.peak_bytes + returned + outputs, (peak, plan.peak_bytes, returned)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "apo_zero"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strategy", ["pairwise", "recompute"])
+def test_peak_of_pairs(strategy, dtype, loss_type, monkeypatch):
+    """The same of ``linear_preference_loss``: one group, several groups, and a streamed pair."""
+    P, T, H, V = 3, 200, 128, 10_000
+    plans = []
+
+    def recorded(**question):
+        plans.append(plan_linear_preference_loss(**question))
+        return plans[-1]
+
+    op_module = sys.modules[linear_preference_loss.__module__]
+    monkeypatch.setattr(op_module, "plan_linear_preference_loss", recorded)
+    hidden = torch.randn(2 * P, T, H).to(dtype).requires_grad_()
+    weight = (torch.randn(V, H) / 8).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (2 * P, T))
+    labels[::2, :20] = -100
+
+    def run(budget):
+        hidden.grad = weight.grad = None
+        with LiveBytes() as live:
+            out = linear_preference_loss(
+                hidden,
+                weight,
+                labels,
+                loss_type=loss_type,
+                strategy=strategy,
+                backend="torch",
+                budget_bytes=budget,
+            )
+            out.loss.backward()
+        return live.peak
+
+    returned = sum(t.numel() * t.element_size() for t in (hidden, weight))
+    run(None)
+    # the first budgets that lead to other groups
+    peaks = {c.group_rows: c.peak_bytes for c in plans[-1].candidates}
+    for budget in (None, *peaks.values(), min(peaks.values()) - 1000):
+        try:
+            peak = run(budget)
+        except ValueError as error:
+            assert "budget_bytes must be at least" in str(error)
+            continue
+        plan = plans[-1]
+        assert plan.strategy == strategy
+        assert plan.peak_bytes <= plan.budget_bytes
+        assert peak <= plan.peak_bytes + returned, (peak, plan.peak_bytes, returned)
