@@ -199,6 +199,7 @@ LIGER = [
         "none",
     ),
     ("LigerFusedLinearORPOLoss", {}, {"loss_type": ["orpo", "sft"]}, "none"),
+    ("LigerFusedLinearORPOLoss", {}, {"loss_type": ["orpo", "nll"]}, "nll_target"),
 ]
 
 
@@ -217,11 +218,18 @@ def test_agrees_with_liger(name, theirs, ours, reference_model, strategy):
         ref_weight = torch.randn(V, H, generator=generator) * H**-0.5
         given = (None, ref_hidden, ref_weight)
         ref_logps = linear_logprob(ref_hidden, ref_weight, labels).logps
+    if reference_model == "nll_target":
+        # the prompt counts too
+        prompt = torch.randint(0, V, labels.shape, generator=generator)
+        nll_target = torch.where(labels == -100, prompt, labels)
+        given = (None, nll_target)
     beta = 2.0 if "SimPO" in name else 0.3
     loss_function = getattr(chunked_loss, name)(beta=beta, compiled=False, **theirs)
     expected, *_ = loss_function(leaves["weight"], leaves["hidden"], labels, *given)
     expected.backward()
     pairs = {"labels": labels} | ({} if ref_logps is None else {"ref_logps": ref_logps})
+    if reference_model == "nll_target":
+        pairs["response_labels"] = nll_target[:3]
     head = {key: head[key] for key in leaves}
     found = run(op, head, pairs, upstream=1.0, beta=beta, strategy=strategy, **ours)
     torch.testing.assert_close(found["loss"], expected.detach(), rtol=2e-5, atol=2e-6)
