@@ -8,6 +8,7 @@ everybody alike.
 
 import argparse
 import dataclasses
+import importlib
 import json
 import resource
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import providers
-from benchmarks.workloads import Workload, make_tensors
+from benchmarks.workloads import Workload
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TIMEOUT_S = 600
@@ -28,9 +29,14 @@ _TIMEOUT_S = 600
 def peak_bytes(provider: str, workload: Workload, device: str, *, threads: int) -> int:
     """Return the peak of a forward + backward beyond the inputs, gradients included."""
     if device.startswith("cuda"):
-        log_probs, tensors = providers.log_probs_of(provider), make_tensors(workload, device)
-        return cuda_peak_bytes(lambda: providers.forward_backward(log_probs, tensors))
-    command = [sys.executable, "-m", "benchmarks.memory", "--provider", provider]
+        return cuda_peak_bytes(providers.step_of(provider, workload, device))
+    return process_peak_bytes(providers.__name__, provider, workload, threads=threads)
+
+
+def process_peak_bytes(module: str, provider: str, workload: Workload, *, threads: int) -> int:
+    """Return the peak of a fresh process that runs the ``step_of`` of a module on the CPU."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--module", module]
+    command += ["--provider", provider]
     command += ["--workload", json.dumps(dataclasses.asdict(workload)), "--threads", str(threads)]
     done = subprocess.run(
         command, cwd=_ROOT, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
@@ -51,18 +57,16 @@ def cuda_peak_bytes(run: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def resident_growth_bytes(provider: str, workload: Workload) -> int:
+def resident_growth_bytes(step_of: Callable, provider: str, workload: Workload) -> int:
     """Return the growth of this process's resident high-water mark; it must be a fresh process."""
-    log_probs = providers.log_probs_of(provider)
-    tiny = dataclasses.replace(workload, rows=16, vocab=64)
-    tiny_tensors = make_tensors(tiny, "cpu")
+    tiny_step = step_of(provider, dataclasses.replace(workload, rows=16, vocab=64), "cpu")
     for _ in range(2):
-        providers.forward_backward(log_probs, tiny_tensors)
-    tensors = make_tensors(workload, "cpu")
+        tiny_step()
+    step = step_of(provider, workload, "cpu")
     _reset_high_water()
     before = _high_water_bytes()
     for _ in range(2):
-        providers.forward_backward(log_probs, tensors)
+        step()
     return _high_water_bytes() - before
 
 
@@ -87,13 +91,16 @@ def _high_water_bytes() -> int:
 def main() -> None:
     """Measure one provider on one workload and print the peak as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--provider", required=True, choices=providers.NAMES)
+    parser.add_argument("--module", default=providers.__name__, help="whose step_of to run")
+    parser.add_argument("--provider", required=True)
     parser.add_argument("--workload", required=True, help="a Workload's fields as JSON")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     workload = Workload(**json.loads(arguments.workload))
-    print(json.dumps({"peak_bytes": resident_growth_bytes(arguments.provider, workload)}))
+    step_of = importlib.import_module(arguments.module).step_of
+    peak = resident_growth_bytes(step_of, arguments.provider, workload)
+    print(json.dumps({"peak_bytes": peak}))
 
 
 if __name__ == "__main__":

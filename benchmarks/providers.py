@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.workloads import DTYPES, Tensors, Workload
+from benchmarks.workloads import DTYPES, Tensors, Workload, make_tensors
 from spo_kernels import Plan, linear_logprob, plan_linear_logprob
 
 LogProbs = Callable[[Tensors], torch.Tensor]
@@ -107,6 +107,12 @@ def forward_backward(log_probs: LogProbs, tensors: Tensors) -> tuple[torch.Tenso
     out = log_probs(tensors)
     grads = torch.autograd.grad(out, tensors.leaves, tensors.upstream.to(out.dtype))
     return out.detach(), *grads
+
+
+def step_of(name: str, workload: Workload, device: str) -> Callable[[], Any]:
+    """Return a function that runs one forward + backward of a provider."""
+    log_probs, tensors = log_probs_of(name), make_tensors(workload, device)
+    return lambda: forward_backward(log_probs, tensors)
 
 
 def why_not(name: str, workload: Workload, device: str) -> str | None:

@@ -142,7 +142,7 @@ def _time_table(rows: list[Row], kind: str, title: str) -> str:
 def _extra_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
-        if row["kind"] in ("step", "degree"):
+        if row["kind"] in ("step", "degree", "pairs"):
             lines.append(
                 f"| {row['workload']} | {row['provider']} | {_ms(row['median_ms'])} | "
                 f"{_mib(row.get('peak_bytes'))} | {row.get('note', '')} |"
@@ -153,7 +153,8 @@ def _extra_table(rows: list[Row]) -> str:
                 f"{row['kernels_backward']} kernels | | {row['host_syncs']} host syncs |"
             )
     return _titled(
-        "Training step, degree loss, launches", _table("| what | provider | | | |", lines)
+        "Training step, degree loss, loss of pairs, launches",
+        _table("| what | provider | | | |", lines),
     )
 
 
