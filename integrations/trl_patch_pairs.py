@@ -179,9 +179,11 @@ class ScoredTokens:
 
     @classmethod
     def __torch_function__(cls, function, kinds, args=(), kwargs=None):
-        if function is cross_entropy and len(args) == 2 and not kwargs:
-            return -args[0].log_probs.mean()
-        return NotImplemented
+        options = dict(kwargs or {})
+        plain = options.pop("reduction", "mean") == "mean" and options.pop("ignore_index", -100) < 0
+        if function is not cross_entropy or not plain or any(options.values()):
+            return NotImplemented
+        return -args[0].log_probs.mean()
 
 
 def _selected_or_scored(original: Callable[..., Any]) -> Callable[..., Any]:
