@@ -14,6 +14,7 @@ from test_trl_fused_head import CONFIGS, OUTPUTS, SETTINGS, make_batch, make_mod
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trl.trainer import utils as trl_utils
+from trl_tiny import Tiny, arguments
 from trl_trainers import (
     CASES,
     FUSED,
@@ -26,7 +27,7 @@ from trl_trainers import (
     train,
 )
 
-from spo_kernels.integrations import fused_head, patch_trl, trl_patch, trl_version
+from spo_kernels.integrations import SPOTrainer, fused_head, patch_trl, trl_patch, trl_version
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +139,8 @@ class Allocations(TorchDispatchMode):
 VOCAB = 20_000
 
 
-@pytest.mark.parametrize("kind", ["full", "lora_head"])
-@pytest.mark.parametrize("name", CASES)
-def test_no_logits(name, kind, data, tmp_path):
-    """No tensor of a patched step has a row of V for every scored token."""
+def measure_step(name, adapter, data, folder) -> tuple[int, int]:
+    """Return the most elements that one tensor of a step has, and the fewest rows scored by it."""
     longer = {
         key: 32
         for key in ("max_completion_length", "max_new_tokens")
@@ -149,36 +148,41 @@ def test_no_logits(name, kind, data, tmp_path):
     }
     if name == "online_dpo":
         longer["max_length"] = 64
+    trainer = build(name, data, folder, adapter, vocab_size=VOCAB, steps=2, **longer)
+    base = trainer.model if adapter is None else trainer.model.get_base_model()
+    plain, step = base.forward, trainer.training_step
+    rows, largest = [], []
+
+    def counting(self, *args, **inputs):
+        output = plain(*args, **inputs)
+        if inputs.get("fused_lm_head"):
+            rows.append(int(output.label_mask.sum()))
+        return output
+
+    def measured(*args, **kwargs):
+        with Allocations() as seen:
+            result = step(*args, **kwargs)
+        largest.append(max(seen.sizes))
+        return result
+
+    counting.__signature__ = inspect.signature(plain)
+    base.forward = counting.__get__(base)
+    trainer.training_step = measured
+    trainer.train()
+    return max(largest), min(rows, default=0)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora_head"])
+@pytest.mark.parametrize("name", CASES)
+def test_no_logits(name, kind, data, tmp_path):
+    """No tensor of a patched step has a row of V for every scored token; TRL's own step has one."""
     with patch_trl(budget_bytes=1_500_000):
-        trainer = build(name, data, tmp_path, ADAPTERS[kind], vocab_size=VOCAB, steps=2, **longer)
-        rows = []
-        base = trainer.model
-        if kind != "full":
-            base = base.get_base_model()
-        plain = base.forward
-
-        def counting(self, *args, **inputs):
-            output = plain(*args, **inputs)
-            if inputs.get("fused_lm_head"):
-                rows.append(int(output.label_mask.sum()))
-            return output
-
-        counting.__signature__ = inspect.signature(plain)
-        base.forward = counting.__get__(base)
-        step = trainer.training_step
-        largest = []
-
-        def measured(*args, **kwargs):
-            with Allocations() as seen:
-                result = step(*args, **kwargs)
-            largest.append(max(seen.sizes))
-            return result
-
-        trainer.training_step = measured
-        trainer.train()
-    assert max(largest) >= VOCAB * 4, "the head itself must have been seen"
-    # generation makes one row of logits per sequence, which is fewer than it scores
-    assert max(largest) < min(rows) * VOCAB, (largest, rows)
+        largest, rows = measure_step(name, ADAPTERS[kind], data, tmp_path / "ours")
+    # generation makes a row of logits per sequence, or per token of a prompt under PEFT
+    assert VOCAB * 4 <= largest < rows * VOCAB
+    if name not in FUSED:
+        largest, _ = measure_step(name, ADAPTERS[kind], data, tmp_path / "stock")
+        assert largest >= rows * VOCAB
 
 
 def snapshot() -> dict[str, object]:
@@ -481,6 +485,22 @@ def test_fp32_head(data, tmp_path):
     with patch_trl():
         found = train(build("grpo", data, tmp_path / "ours", **settings))
     compare(found, trained, start)
+
+
+def test_spo_trainer_takes_an_adapter_on_the_head_too(tmp_path):
+    tiny = Tiny(tmp_path)
+    with patch_trl():
+        trainer = SPOTrainer(
+            model=tiny.model(),
+            args=arguments(tmp_path / "run"),
+            train_dataset=tiny.dataset,
+            processing_class=tiny.tokenizer,
+            peft_config=lora("lm_head"),
+        )
+    before = parameters_of(trainer)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
 def test_public_signature():
