@@ -90,6 +90,18 @@ def gpu_bars(rows: Iterable[Row]) -> list[Bar]:
             ratio = ours["median_ms"] / (units * unit["median_ms"])
             what = f"{which} against {units} bare GEMM{'s' * (units > 1)}"
             bars.append(Bar(f"GPU, {workload}", what, ratio, limits[small]))
+    pairs = {
+        (row["workload"], row["provider"]): row for row in rows if row["kind"] == "linear_pairs"
+    }
+    for (workload, provider), ours in pairs.items():
+        liger = pairs.get((workload, "liger"))
+        if provider != "spo" or liger is None:
+            continue
+        case = f"GPU, {workload}"
+        bars.append(_bar(case, "time against Liger", "median_ms", ours, liger, 1.0))
+        # the bar is set at 16k tokens a sequence
+        if ours["rows"] // (2 * ours["pairs"]) >= 16384:
+            bars.append(_bar(case, "memory against Liger", "peak_bytes", ours, liger, 0.25))
     for row in rows:
         if row["kind"] == "launches" and row["provider"] == "spo" and "launch_us" in row:
             case = f"GPU, {row['workload']}"

@@ -22,6 +22,7 @@ import torch
 from benchmarks import (
     accuracy,
     bench_degree_loss,
+    bench_linear_preference_loss,
     bench_preference_loss,
     bench_train_step,
     memory,
@@ -114,6 +115,12 @@ def stages_of(run: Run) -> Iterator[Stage]:
     for workload in grid:
         yield f"time-{workload.name}", lambda workload=workload: time_rows(run, workload)
     yield "degree", lambda: degree_rows(run)
+    hidden, vocab = workloads.MODEL_SHAPES["llama8b"]
+    for rows in (8192, 32768) if not run.tiny else (24,):
+        workload = Workload("llama8b", rows, hidden, vocab, trainable=True, peaked=True)
+        if run.tiny:
+            workload = dataclasses.replace(workloads.TINY, trainable=True)
+        yield f"linear-pairs-{workload.name}", lambda workload=workload: pair_rows(run, workload)
     shapes = [train_step.TINY_STEP] if run.tiny else train_step.gpu_steps(long=run.long)
     for shape in shapes:
         yield shape.workload, lambda shape=shape: step_rows(run, shape)
@@ -229,6 +236,24 @@ def degree_rows(run: Run) -> list[Row]:
     runs = bench_degree_loss.make_runs(workload, run.device)
     times = timing.race(runs, rounds=5, warmup_rounds=2, device=run.device)
     return bench_degree_loss.rows_of(workload, times)
+
+
+def pair_rows(run: Run, workload: Workload) -> list[Row]:
+    """``linear_preference_loss`` beside Liger's fused DPO and eager logits: time and peak."""
+    bench = bench_linear_preference_loss
+    steps, peaks = {}, {}
+    for name, step in bench.gated_steps(workload, run.device).items():
+        try:
+            peaks[name] = memory.cuda_peak_bytes(step) if run.on_gpu else 0
+        except torch.cuda.OutOfMemoryError:
+            if name.startswith("spo"):
+                raise
+            _show_skips(workload.name, {name: "out of memory"})
+            continue
+        steps[name] = step
+    rounds = 2 if run.tiny else 5
+    times = timing.race(steps, rounds=rounds, device=run.device)
+    return bench.rows_of(workload, times, peaks.__getitem__)
 
 
 def step_rows(run: Run, shape: train_step.StepShape) -> list[Row]:

@@ -142,7 +142,7 @@ def _time_table(rows: list[Row], kind: str, title: str) -> str:
 def _extra_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
-        if row["kind"] in ("step", "degree", "pairs"):
+        if row["kind"] in ("step", "degree", "pairs", "linear_pairs"):
             lines.append(
                 f"| {row['workload']} | {row['provider']} | {_ms(row['median_ms'])} | "
                 f"{_mib(row.get('peak_bytes'))} | {row.get('note', '')} |"

@@ -12,6 +12,7 @@ import torch
 from benchmarks import (
     accuracy,
     bars,
+    bench_linear_preference_loss,
     bench_preference_loss,
     gpu,
     losses,
@@ -64,6 +65,10 @@ def test_memory_of_a_fresh_process_counts_the_logits():
     peak = memory.peak_bytes("eager", workload, "cpu", threads=1)
     logits = 4 * workload.rows * workload.vocab
     assert 1.5 * logits < peak < 8 * logits
+    module = bench_linear_preference_loss.__name__
+    workload = dataclasses.replace(workload, trainable=True)
+    peak = memory.process_peak_bytes(module, "eager", workload, threads=1)
+    assert 1.5 * logits < peak < 8 * logits
 
 
 def test_bars():
@@ -106,13 +111,29 @@ def test_bars_of_preference_loss():
     }
 
 
+def test_bars_of_linear_preference_loss():
+    row = {"kind": "linear_pairs", "workload": "w", "pairs": 1, "rows": 32768}
+    rows = [{**row, "provider": "liger", "median_ms": 10.0, "peak_bytes": 100}]
+    rows.append({**row, "provider": "spo", "median_ms": 9.0, "peak_bytes": 30})
+    found = {bar.what: (bar.ratio, bar.met) for bar in bars.gpu_bars(rows)}
+    assert found == {"time against Liger": (0.9, True), "memory against Liger": (0.3, False)}
+
+
 def test_pytest_session_writes_rows(tmp_path):
     path = tmp_path / "rows.json"
-    files = [f"benchmarks/bench_{op}.py" for op in ("linear_logprob", "preference_loss")]
+    files = [
+        f"benchmarks/bench_{op}.py"
+        for op in ("linear_logprob", "preference_loss", "linear_preference_loss")
+    ]
     command = [sys.executable, "-m", "pytest", *files, "-q", "--tiny"]
     command += ["--benchmark-only", "--results", str(path), "--threads", "1"]
     chosen = "test_grid and qwen05 and frozen and (eager or spo)"
-    command += ["-p", "no:cacheprovider", "-k", f"({chosen}) or test_preference_loss"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        f"({chosen}) or test_preference_loss or test_linear",
+    ]
     # a worker of a parallel test run must not pass its role on: it would switch benchmarks off
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
@@ -120,7 +141,10 @@ def test_pytest_session_writes_rows(tmp_path):
     )
     assert done.returncode == 0, done.stdout
     document = json.loads(path.read_text())
-    assert {row["provider"] for row in document["rows"]} == {"eager", "spo"}
+    linear = [row for row in document["rows"] if row["kind"] == "linear_pairs"]
+    assert {row["provider"] for row in linear} == set(bench_linear_preference_loss.PROVIDERS)
+    others = [row for row in document["rows"] if row["kind"] != "linear_pairs"]
+    assert {row["provider"] for row in others} == {"eager", "spo"}
     grid = [row for row in document["rows"] if row["kind"] == "grid"]
     assert {row["pass"] for row in grid} == {"forward", "forward_backward"}
     pairs = [row for row in document["rows"] if row["kind"] == "pairs"]
@@ -136,7 +160,9 @@ def gpu_results(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "toy-gpu.json"
     run = gpu.Run("cpu", tiny=True, long=False)
     for name, stage in gpu.stages_of(run):
-        if name.startswith(("time", "launches", "preference", "degree", "accuracy-bf16")):
+        if name.startswith(
+            ("time", "launches", "preference", "linear-pairs", "degree", "accuracy-bf16")
+        ):
             rows = [{"command": run.command, **row} for row in stage()]
             results.merge(path, rows, device="cpu", threads=1, stage=name)
     return path
@@ -144,7 +170,7 @@ def gpu_results(tmp_path_factory):
 
 def test_gpu_stages(gpu_results, capsys, monkeypatch):
     document = results.load(gpu_results)
-    kinds = {"time", "launches", "pairs", "degree", "accuracy"}
+    kinds = {"time", "launches", "pairs", "linear_pairs", "degree", "accuracy"}
     assert {row["kind"] for row in document["rows"]} == kinds
     # a restart runs what is missing and nothing else
     monkeypatch.setattr(gpu, "stages_of", lambda run: [("degree", None), ("new", lambda: [])])
