@@ -22,6 +22,7 @@ LOGIT_SCALES: dict[str, Callable[[float], float]] = {
     "output_multiplier": float,
     "lm_head_multiplier": float,
     "logits_scaling": lambda divisor: 1.0 / divisor,
+    "logits_mup_width_multiplier": lambda divisor: 1.0 / divisor,
 }
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 

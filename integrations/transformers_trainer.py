@@ -7,6 +7,7 @@ import inspect
 import math
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,12 @@ _NOT_FOR_DECODER = {
     "use_cache",
     "output_router_logits",
 }
+
+
+# settings under which a family's loss is more than the cross-entropy of its transformed logits
+_BEYOND_CROSS_ENTROPY = ("z_loss_coefficient", "unpadded_vocab_size")
+
+_BALANCE_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 @dataclass(frozen=True)
@@ -260,22 +267,23 @@ def _router_loss(
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """Return the balancing loss that this family computes, None for one that has none."""
-    # each family has a version of its own beside its forward
-    family = sys.modules[inspect.unwrap(type(model).forward).__module__]
-    balance = getattr(family, "load_balancing_loss_func", None)
+    balance = _balance_function(model)
+    # DeepSeek-V3's relatives balance their experts with a bias instead
     if balance is None:
         return None
     return balance(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+
+
+def _balance_function(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
+    # each family has a version of its own beside its forward
+    family = sys.modules[inspect.unwrap(type(model).forward).__module__]
+    return getattr(family, "load_balancing_loss_func", None)
 
 
 def _router_coefficient(model: PreTrainedModel) -> float:
     # JetMoe's name is the shorter one
     name = "aux_loss_coef" if model.config.model_type == "jetmoe" else "router_aux_loss_coef"
     return getattr(model, name)
-
-
-# architectures whose loss is more than cross-entropy of what the settings describe
-_UNSUPPORTED = {}
 
 
 def _causal_model(model: torch.nn.Module) -> PreTrainedModel:
@@ -290,20 +298,35 @@ def _causal_model(model: torch.nn.Module) -> PreTrainedModel:
         raise TypeError(
             f"{_OP}: model must be a transformers model or a PEFT model of one, got {name}"
         )
+
+    def refuse(requirement: str, got: str = name) -> None:
+        raise NotImplementedError(f"{_OP}: model must {requirement}, got {got}")
+
     if model.config.is_encoder_decoder:
-        raise NotImplementedError(f"{_OP}: model must be decoder-only, got {name}")
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        refuse("be decoder-only")
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    known = {name for name in names if "ConditionalGeneration" not in name}
     if not known & {kind.__name__ for kind in type(model).__mro__}:
-        raise NotImplementedError(
-            f"{_OP}: model must be a causal language model of transformers, got {name}"
-        )
+        refuse("be a text-only causal language model of transformers")
+    # BART's relatives do not shift their labels, ProphetNet predicts several tokens, ...
+    if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
+        refuse("take its loss from loss_function", f"a loss of its own in {name}")
     if model.loss_function is not ForCausalLMLoss:
         loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
-        raise NotImplementedError(
-            f"{_OP}: model's loss_function must be ForCausalLMLoss, got {loss}"
-        )
+        refuse("have ForCausalLMLoss as its loss_function", loss)
+    for setting in _BEYOND_CROSS_ENTROPY:
+        if value := getattr(model.config.get_text_config(), setting, None):
+            refuse(f"leave config.{setting} unset", value)
+    balance = _balance_function(model)
+    if balance is not None and list(inspect.signature(balance).parameters) != _BALANCE_ARGUMENTS:
+        refuse("balance its experts by their logits alone")
     head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
-        raise NotImplementedError(f"{_OP}: model must have a decoder and an LM head, got {name}")
+    parts = {name: part for name, part in model.named_children() if part is not head}
+    if head is None or len(parts) == len(list(model.children())) or model.base_model is model:
+        refuse("have a decoder and, directly below it, an LM head")
+    # such as the dense layers between BERT's relatives and their vocabulary
+    between = [part for part, module in parts.items() if module is not model.base_model]
+    if between:
+        refuse("consist of a decoder and an LM head only", f"{name} with {', '.join(between)}")
     head_layers(_OP, head)
     return model
