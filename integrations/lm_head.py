@@ -1,10 +1,10 @@
-"""What every fused LM head needs of a model: its logit transform, its plain layer, its whole weight.
+"""What every fused LM head needs of a model: its logit transform, its plain layer, its weight.
 
 Needs transformers only; PEFT and DeepSpeed are imported where a model already uses them.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,23 +27,25 @@ LOGIT_SCALES: dict[str, Callable[[float], float]] = {
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-def logit_transform(config: PretrainedConfig) -> dict[str, float | None]:
-    """Return what the architecture does to its logits, as arguments of ``linear_logprob``."""
-    softcaps = (getattr(config, name, None) for name in SOFTCAPS)
-    return {
-        "logit_scale": _logit_scale(config),
-        "softcap": next((value for value in softcaps if value is not None), None),
+def logit_transform(
+    config: PretrainedConfig, applied: Collection[str] | None = None
+) -> dict[str, float | None]:
+    """Return what the architecture does to its logits, as arguments of ``linear_logprob``.
+
+    With ``applied`` only settings of those names count: MPT has a ``logit_scale`` and ignores it.
+    """
+    found = {
+        name: getattr(config, name, None)
+        for name in (*LOGIT_SCALES, *SOFTCAPS)
+        if applied is None or name in applied
     }
-
-
-def _logit_scale(config: PretrainedConfig) -> float:
-    """Return the factor of the architecture's logits, under whichever name it has."""
-    for name, factor_of in LOGIT_SCALES.items():
-        value = getattr(config, name, None)
-        if value is not None:
-            # this one family multiplies by what the others divide by
-            return float(value) if config.model_type == "hyperclovax" else factor_of(value)
-    return 1.0
+    scale = next((name for name in LOGIT_SCALES if found.get(name) is not None), None)
+    factor = 1.0 if scale is None else LOGIT_SCALES[scale](found[scale])
+    if scale == "logits_scaling" and config.model_type == "hyperclovax":
+        # this one family multiplies by what the others divide by
+        factor = found[scale]
+    softcaps = (found[name] for name in SOFTCAPS if found.get(name) is not None)
+    return {"logit_scale": float(factor), "softcap": next(softcaps, None)}
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _lora_terms(op: str, layer: Any) -> tuple:
 def whole_head(*parameters: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
     """Give the head's parameters in one piece, however they are sharded.
 
-    They are DTensors (FSDP2), ZeRO-3 parameters, or whole already. One collective each way per call.
+    They are DTensors (FSDP2), ZeRO-3 parameters or whole already; one collective each way per call.
     """
     if any(isinstance(value, DTensor) for value in parameters):
         yield tuple(None if value is None else _full_tensor(value) for value in parameters)

@@ -122,7 +122,7 @@ class FusedLMHead:
         self._model = model
         self._forward = forward
         self._instance_forward = vars(model).get("forward")
-        self._transform = logit_transform(model.config.get_text_config())
+        self._transform = logit_transform(model.config.get_text_config(), _names_in_forward(model))
         # both live on the model: a deepcopy of it has a handle of its own and calls itself
         setattr(model, _ATTRIBUTE, self)
         model.forward = types.MethodType(forward, model)
@@ -177,7 +177,8 @@ class FusedLMHead:
             if router_wanted is None:
                 router_wanted = config.output_router_logits
             decoder_inputs["output_router_logits"] = router_wanted
-        states = model.base_model(**decoder_inputs, use_cache=False, return_dict=True)
+        [decoder] = _parts_beside_head(model)
+        states = decoder(**decoder_inputs, use_cache=False, return_dict=True)
         loss = self._loss(states.last_hidden_state, given)
         output = CausalLMOutputWithPast
         extra = {}
@@ -286,6 +287,15 @@ def _router_coefficient(model: PreTrainedModel) -> float:
     return getattr(model, name)
 
 
+def _parts_beside_head(model: PreTrainedModel) -> list[torch.nn.Module]:
+    head = model.get_output_embeddings()
+    return [part for part in model.children() if part is not head]
+
+
+def _names_in_forward(model: PreTrainedModel) -> tuple[str, ...]:
+    return inspect.unwrap(type(model).forward).__code__.co_names
+
+
 def _causal_model(model: torch.nn.Module) -> PreTrainedModel:
     """Return the causal language model in ``model``, refusing what has a loss of another form."""
     if is_peft_available():
@@ -309,7 +319,7 @@ def _causal_model(model: torch.nn.Module) -> PreTrainedModel:
     if not known & {kind.__name__ for kind in type(model).__mro__}:
         refuse("be a text-only causal language model of transformers")
     # BART's relatives do not shift their labels, ProphetNet predicts several tokens, ...
-    if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
+    if "loss_function" not in _names_in_forward(model):
         refuse("take its loss from loss_function", f"a loss of its own in {name}")
     if model.loss_function is not ForCausalLMLoss:
         loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
@@ -321,12 +331,11 @@ def _causal_model(model: torch.nn.Module) -> PreTrainedModel:
     if balance is not None and list(inspect.signature(balance).parameters) != _BALANCE_ARGUMENTS:
         refuse("balance its experts by their logits alone")
     head = model.get_output_embeddings()
-    parts = {name: part for name, part in model.named_children() if part is not head}
-    if head is None or len(parts) == len(list(model.children())) or model.base_model is model:
-        refuse("have a decoder and, directly below it, an LM head")
+    if head is None:
+        refuse("have an LM head")
     # such as the dense layers between BERT's relatives and their vocabulary
-    between = [part for part, module in parts.items() if module is not model.base_model]
-    if between:
-        refuse("consist of a decoder and an LM head only", f"{name} with {', '.join(between)}")
+    if len(_parts_beside_head(model)) != 1 or len(list(model.children())) != 2:
+        parts = ", ".join(name for name, _ in model.named_children())
+        refuse("consist of a decoder and an LM head only", f"{name} of {parts}")
     head_layers(_OP, head)
     return model

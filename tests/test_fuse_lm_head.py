@@ -61,7 +61,7 @@ CHANGES = {
     "vaultgemma": {"head_dim": 8, "final_logit_softcapping": 1.5},
     "nanochat": {"head_dim": 8, "final_logit_softcapping": 1.5},
     "recurrent_gemma": {"lru_width": 16, "logits_soft_cap": 1.5, "num_hidden_layers": 3},
-    "xlstm": {"num_heads": 2, "output_logit_soft_cap": 1.5, "chunk_size": 8},
+    "xlstm": {"num_heads": 2, "output_logit_soft_cap": 1.5, "mode": "train", "chunk_size": 3},
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25, "head_dim": 8},
     "granite": {"logits_scaling": 3.0},
@@ -85,7 +85,7 @@ CHANGES = {
     "gpt_neox": {},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 8, "dropout": 0.0},
     "bloom": {"n_layer": 2, "n_head": 2, "hidden_dropout": 0.0},
-    "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32},
+    "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32, "logit_scale": 0.3},
     "stablelm": {},
     "starcoder2": {"embedding_dropout": 0.0},
     "olmo": {},
@@ -94,6 +94,12 @@ CHANGES = {
     "glm4": {"head_dim": 8},
     "nemotron": {},
     "smollm3": {},
+    "llama4_text": {
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 24,
+        "pad_token_id": 0,
+    },
     "mamba": MAMBA,
     "falcon_mamba": MAMBA,
     "deepseek_v3": {
@@ -114,11 +120,6 @@ CHANGES = {
     "ernie4_5_moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2, "head_dim": 8},
     "phimoe": {**EXPERTS, "num_local_experts": 4},
     "gpt_oss": {**EXPERTS, "num_local_experts": 4, "head_dim": 8},
-}
-TRANSFORMED = {
-    "cohere": ("logit_scale", 1.0),
-    "gemma2": ("final_logit_softcapping", None),
-    "granite": ("logits_scaling", 1.0),
 }
 
 
@@ -178,12 +179,385 @@ def test_architectures(name):
     if "output_router_logits" in CHANGES[name]:
         torch.testing.assert_close(found.aux_loss, expected.aux_loss)
         assert found.aux_loss > 0
-        plain = ours(**batch, output_router_logits=False)
-        assert plain.loss < found.loss + 1e9 and "aux_loss" not in plain
-    if name in TRANSFORMED:
-        # the transform is not a no-op in this test
-        attribute, neutral = TRANSFORMED[name]
-        setattr(theirs.config, attribute, neutral)
-        if name == "cohere":
-            theirs.logit_scale = neutral
-        assert not torch.isclose(theirs(**batch, **extra).loss, expected.loss, rtol=1e-3)
+        found, expected = (m(**batch, output_router_logits=False) for m in (ours, theirs))
+        assert "aux_loss" not in found
+        torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
+
+
+def test_arguments():
+    """What the loss of transformers accepts beside labels, by keyword and by position."""
+    theirs = make_model("qwen3_moe")
+    ours = copy.deepcopy(theirs)
+    fuse_lm_head(ours)
+    batch = make_batch()
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    packed = make_batch(padded=False)
+    packed["attention_mask"] = None
+    # with a cache transformers would not see the packing
+    packed["use_cache"] = False
+    packed["position_ids"] = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(B, T)
+    embedded = {**batch, "inputs_embeds": ours.get_input_embeddings()(batch["input_ids"]).detach()}
+    del embedded["input_ids"]
+    calls = [
+        {**batch, "num_items_in_batch": 7},
+        {**batch, "shift_labels": shifted.roll(1, 1)},
+        {**batch, "labels": batch["labels"].masked_fill(batch["labels"] < 0, 5), "ignore_index": 5},
+        {**batch, "logits_to_keep": 0, "use_cache": True, "return_dict": True},
+        packed,
+        embedded,
+    ]
+    for call in calls:
+        assert_same(ours, theirs, ours(**call).loss, theirs(**call).loss)
+    positional = ours(
+        batch["input_ids"], batch["attention_mask"], None, None, None, batch["labels"]
+    )
+    assert torch.equal(positional.loss, ours(**batch).loss)
+    # transformers itself needs labels for a loss
+    found = ours(**{**batch, "labels": None}, shift_labels=shifted, output_router_logits=False)
+    expected = theirs(**batch, output_router_logits=False)
+    torch.testing.assert_close(found.loss, expected.loss)
+    as_tuple = ours(**batch, return_dict=False, output_router_logits=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], found.loss)
+    assert len(ours(**batch, output_hidden_states=True).hidden_states) == 3
+    assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+    with pytest.raises(
+        ValueError, match="^fuse_lm_head: logits_to_keep must be 0 in a call with labels, got 2. "
+    ):
+        ours(**batch, logits_to_keep=2)
+
+
+def test_nothing_to_score():
+    """Differs from transformers by intent: its mean over no label is NaN."""
+    model = make_model()
+    fuse_lm_head(model, label_smoothing=0.1, z_loss=0.1)
+    batch = make_batch()
+    batch["labels"][:] = -100
+    for extra in ({}, {"num_items_in_batch": torch.tensor(0)}):
+        loss = model(**batch, **extra).loss
+        assert loss.item() == 0.0
+        assert not any(grad.any() for grad in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "phi"])
+def test_label_smoothing_and_z_loss(name):
+    """Against their formulas on the model's own logits."""
+    theirs = make_model(name)
+    ours = copy.deepcopy(theirs)
+    fuse_lm_head(ours, label_smoothing=0.2, z_loss=0.01)
+    batch = make_batch()
+    targets = batch["labels"][:, 1:].flatten()
+    logits = theirs(**batch).logits[:, :-1].flatten(0, 1)[targets != -100]
+    smoothed = torch.nn.functional.cross_entropy(
+        logits, targets[targets != -100], label_smoothing=0.2, reduction="sum"
+    )
+    expected = smoothed + 0.01 * logits.logsumexp(-1).square().sum()
+    assert_same(ours, theirs, ours(**batch, num_items_in_batch=11).loss, expected / 11)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remember the most elements that any tensor made under it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return out
+
+
+def test_no_logits():
+    """A fused step makes no tensor of N x V elements, nor half of one."""
+    rows, vocab = 4 * 256, 20_011
+    ids = torch.randint(3, vocab, (4, 256))
+    largest = {}
+    for fused in (True, False):
+        model = make_model(vocab_size=vocab, max_position_embeddings=256)
+        if fused:
+            fuse_lm_head(model, label_smoothing=0.1, z_loss=0.1, budget_bytes=16 * 2**20)
+        with LargestTensor() as watch:
+            model(input_ids=ids, labels=ids).loss.backward()
+        largest[fused] = watch.elements
+    assert largest[False] >= rows * vocab - vocab
+    assert largest[True] < rows * vocab / 2
+
+
+def text_dataset(count: int = 24) -> list[dict]:
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for _ in range(count):
+        ids = torch.randint(3, V, (T,), generator=generator)
+        ignored = int(torch.randint(0, 6, (), generator=generator))
+        labels = ids.masked_fill(torch.arange(T) < ignored, -100)
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return rows
+
+
+def train(model, folder, **changes) -> tuple[list[float], dict, Trainer]:
+    values = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    rows = text_dataset()
+    arguments = TrainingArguments(**{**values, **changes})
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:6])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, trainer.evaluate(), trainer
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_trainer(smoothing, tmp_path):
+    """Training, evaluation and generation are those of Trainer's own loss."""
+    theirs = make_model()
+    ours = copy.deepcopy(theirs)
+    fuse_lm_head(ours, label_smoothing=smoothing)
+    found, evaluated, trainer = train(ours, tmp_path)
+    expected, reference, _ = train(theirs, tmp_path, label_smoothing_factor=smoothing)
+    assert len(found) == 3 and found[0] != found[2]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert evaluated["eval_loss"] == pytest.approx(reference["eval_loss"], rel=1e-4)
+    predicted = trainer.predict(text_dataset(4))
+    assert not predicted.predictions
+    for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, atol=1e-4, rtol=1e-3)
+    prompt = make_batch()["input_ids"]
+    generated = [
+        model.eval().generate(prompt, max_new_tokens=4, do_sample=False) for model in (ours, theirs)
+    ]
+    assert torch.equal(*generated)
+
+
+def test_undo():
+    model = make_model()
+    own = types.MethodType(type(model).forward, model)
+    for instance in (None, own):
+        if instance is not None:
+            # such as an engine's hook
+            model.forward = instance
+        before = dict(vars(model))
+        handle = fuse_lm_head(model)
+        assert fuse_lm_head(model) is handle
+        with pytest.raises(
+            ValueError, match=r"^fuse_lm_head: model must be fused with the settings it has, Fused"
+        ):
+            fuse_lm_head(model, z_loss=0.1)
+        assert model(**make_batch()).logits is None
+        handle.undo()
+        handle.undo()
+        assert vars(model) == before
+        assert vars(model).get("forward") is instance
+        with fuse_lm_head(model, z_loss=0.1) as second:
+            assert second is not handle and model(**make_batch()).logits is None
+        assert vars(model).get("forward") is instance
+        assert model(**make_batch()).logits is not None
+
+
+def test_undo_below_a_wrapper():
+    """An engine's wrapper stays; what it wraps is the model's own forward again."""
+    model = make_model()
+    handle = fuse_lm_head(model)
+    inner = model.forward
+
+    def wrapper(self, *args, **inputs):
+        return inner(*args, **inputs)
+
+    model.forward = types.MethodType(wrapper, model)
+    handle.undo()
+    assert model(**make_batch()).logits is not None
+    assert fuse_lm_head(model, z_loss=0.1) is handle
+    assert model(**make_batch()).logits is None
+    model.forward = inner
+    handle.undo()
+    assert "forward" not in vars(model)
+
+
+def test_deepcopy():
+    """A copy is fused by itself and has a handle of its own."""
+    model = make_model()
+    handle = fuse_lm_head(model)
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        torch.nn.init.zeros_(parameter)
+    loss = twin(**make_batch()).loss
+    assert loss.item() == pytest.approx(math.log(V))
+    loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    other = fuse_lm_head(twin)
+    assert other is not handle
+    handle.undo()
+    assert twin(**make_batch()).logits is None and model(**make_batch()).logits is not None
+    other.undo()
+    assert "forward" not in vars(twin)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpointing_and_autocast(tied):
+    theirs = make_model(tie_word_embeddings=tied).train()
+    ours = copy.deepcopy(theirs)
+    for model in (ours, theirs):
+        model.gradient_checkpointing_enable()
+    fuse_lm_head(ours)
+    batch = make_batch()
+    assert_same(ours, theirs, ours(**batch).loss, theirs(**batch).loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = ours(**batch).loss, theirs(**batch).loss
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0, rtol=2e-2)
+    found.backward()
+    half = ours.to(torch.bfloat16)
+    torch.testing.assert_close(half(**batch).loss, expected, atol=0, rtol=5e-2)
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+@pytest.mark.parametrize("kind", ["body", "head", "two", "saved"])
+def test_lora(kind, fused_first):
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
+    if kind in ("head", "two"):
+        settings["target_modules"] = ["q_proj", "lm_head"]
+    if kind == "saved":
+        settings["modules_to_save"] = ["lm_head"]
+    config = LoraConfig(**settings)
+    pair = []
+    for fused in (True, False):
+        model = make_model()
+        if fused and fused_first:
+            fuse_lm_head(model)
+        torch.manual_seed(5)
+        model = get_peft_model(model, config)
+        if kind == "two":
+            model.add_adapter("other", LoraConfig(**{**settings, "r": 2, "lora_alpha": 3}))
+            model.base_model.set_adapter(["default", "other"])
+        if fused and not fused_first:
+            handle = fuse_lm_head(model)
+            assert fuse_lm_head(model.get_base_model()) is handle
+        pair.append(model.eval())
+    ours, theirs = pair
+    batch = make_batch()
+    found, expected = ours(**batch), theirs(**batch)
+    assert found.logits is None
+    assert_same(ours, theirs, found.loss, expected.loss)
+    if kind in ("head", "two"):
+        assert any("lm_head" in n and p.grad is not None for n, p in ours.named_parameters())
+    with ours.disable_adapter(), theirs.disable_adapter():
+        without = ours(**batch).loss
+        torch.testing.assert_close(without, theirs(**batch).loss, atol=1e-5, rtol=1e-5)
+    assert not torch.isclose(without, found.loss)
+    if kind != "saved":
+        for model in pair:
+            model.merge_adapter()
+        torch.testing.assert_close(ours(**batch).loss, expected.loss, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"use_dora": True}, "got DoraLinearVariant ('default'). Leave the head out of "),
+        ({"lora_bias": True}, "got LoRA with lora_bias ('default'). "),
+        (None, "got peft.tuners.ia3.layer.Linear. "),
+    ],
+)
+def test_other_adapters_of_the_head(changes, text):
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    targets = {"target_modules": ["lm_head"]}
+    if changes is None:
+        config = IA3Config(**targets, feedforward_modules=[])
+    else:
+        config = LoraConfig(**targets, **changes)
+    model = make_model("mistral")
+    fuse_lm_head(model)
+    wrapped = get_peft_model(model, config)
+    start = "fuse_lm_head: the LM head's adapter must be plain LoRA, "
+    for call in (lambda: wrapped(**make_batch()), lambda: fuse_lm_head(make_wrapped(config))):
+        with pytest.raises(NotImplementedError) as caught:
+            call()
+        assert str(caught.value).startswith(start + text)
+
+
+def make_wrapped(config):
+    from peft import get_peft_model
+
+    return get_peft_model(make_model("mistral"), config)
+
+
+class OddLinear(torch.nn.Linear):
+    """A head that computes something else, as quantised ones do."""
+
+
+def test_errors():
+    shape = {**SHAPE, **CHANGES["llama"]}
+    llama = AutoConfig.for_model("llama", **shape)
+    bert = AutoConfig.for_model("bert", **SHAPE, is_decoder=True)
+    bart = AutoConfig.for_model(
+        "bart",
+        **{"vocab_size": V, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1},
+        **{"decoder_attention_heads": 2, "encoder_attention_heads": 2},
+        **{"encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+    )
+    encoder_decoder = copy.deepcopy(bart)
+    electra = AutoConfig.for_model("electra", **SHAPE, is_decoder=True)
+    odd, quantised, custom = make_model(), make_model(), make_model()
+    odd.lm_head = OddLinear(16, V)
+    quantised.lm_head.weight = torch.nn.Parameter(
+        torch.zeros(V, 16, dtype=torch.int8), requires_grad=False
+    )
+    custom.loss_function = len
+    doge = AutoConfig.for_model("doge", **SHAPE, is_moe=True)
+    bodies = {
+        "llama": AutoModel.from_config(llama),
+        "classifier": AutoModelForSequenceClassification.from_config(llama),
+        "seq2seq": AutoModelForSeq2SeqLM.from_config(encoder_decoder),
+    }
+    causal = {
+        config.model_type: AutoModelForCausalLM.from_config(config)
+        for config in (bert, bart, electra, doge)
+    }
+    known = "be a text-only causal language model of transformers"
+    cases = [
+        (torch.nn.Linear(2, 2), "be a transformers model or a PEFT model of one, got Linear"),
+        (bodies["llama"], f"{known}, got LlamaModel"),
+        (bodies["classifier"], f"{known}, got LlamaForSequenceClassification"),
+        (bodies["seq2seq"], "be decoder-only, got BartForConditionalGeneration"),
+        (causal["bart"], "take its loss from loss_function, got a loss of its own in BartForC"),
+        (
+            causal["bert"],
+            "consist of a decoder and an LM head only, got BertLMHeadModel of bert, cls",
+        ),
+        (causal["electra"], "consist of a decoder and an LM head only, got ElectraForCausalLM of "),
+        (causal["doge"], "balance its experts by their logits alone, got DogeForCausalLM"),
+        (custom, "have ForCausalLMLoss as its loss_function, got len"),
+    ]
+    for model, text in cases:
+        before = dict(vars(model))
+        with pytest.raises((TypeError, NotImplementedError)) as caught:
+            fuse_lm_head(model)
+        assert str(caught.value).startswith(f"fuse_lm_head: model must {text}")
+        assert vars(model) == before
+    with pytest.raises(NotImplementedError, match=r"LM head must be a plain .* got .*OddLinear$"):
+        fuse_lm_head(odd)
+    with pytest.raises(
+        NotImplementedError,
+        match="^fuse_lm_head: the LM head's weight must be a plain floating-point tensor, got "
+        "Parameter of torch.int8$",
+    ):
+        fuse_lm_head(quantised)
+    for value in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got"):
+            fuse_lm_head(make_model(), label_smoothing=value)
+    for value in (-0.1, math.inf):
+        with pytest.raises(ValueError, match="z_loss must be a finite float >= 0, got"):
+            fuse_lm_head(make_model(), z_loss=value)
