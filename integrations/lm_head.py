@@ -77,7 +77,8 @@ def head_layers(op: str, head: torch.nn.Module) -> HeadLayers:
         elif isinstance(head, BaseTunerLayer):
             terms = _lora_terms(op, head)
             head = head.base_layer
-    if type(head) is not torch.nn.Linear:
+    # FSDP2 gives each module a class of its own that keeps its forward
+    if getattr(type(head), "forward", None) is not torch.nn.Linear.forward:
         kind = f"{type(head).__module__}.{type(head).__name__}"
         raise NotImplementedError(f"{op}: the LM head must be a plain torch.nn.Linear, got {kind}")
     for name, tensor in (("weight", head.weight), ("bias", head.bias)):

@@ -3,10 +3,15 @@
 import copy
 import inspect
 import math
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
@@ -61,7 +66,6 @@ CHANGES = {
     "vaultgemma": {"head_dim": 8, "final_logit_softcapping": 1.5},
     "nanochat": {"head_dim": 8, "final_logit_softcapping": 1.5},
     "recurrent_gemma": {"lru_width": 16, "logits_soft_cap": 1.5, "num_hidden_layers": 3},
-    "xlstm": {"num_heads": 2, "output_logit_soft_cap": 1.5, "mode": "train", "chunk_size": 3},
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25, "head_dim": 8},
     "granite": {"logits_scaling": 3.0},
@@ -420,6 +424,60 @@ def test_checkpointing_and_autocast(tied):
     torch.testing.assert_close(half(**batch).loss, expected, atol=0, rtol=5e-2)
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "fsdp_head"])
+def test_engines(engine, one_process):
+    """The loss is computed inside the wrapped forward; a head sharded by itself is gathered."""
+    theirs = make_model()
+    ours = copy.deepcopy(theirs)
+    fuse_lm_head(ours, label_smoothing=0.1)
+    batch = make_batch()
+    expected = ours(**batch).loss
+    gradients_of = gradients(ours, expected)
+    ours.zero_grad()
+    wrapped = ours
+    if engine == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(ours)
+    else:
+        mesh = init_device_mesh("cpu", (1,))
+        if engine == "fsdp_head":
+            fully_shard(ours.lm_head, mesh=mesh)
+        fully_shard(ours, mesh=mesh)
+    found = wrapped(**batch)
+    assert found.logits is None
+    torch.testing.assert_close(found.loss, expected)
+    found.loss.backward()
+    for name, parameter in ours.named_parameters():
+        grad = parameter.grad
+        grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        torch.testing.assert_close(grad, gradients_of[name], msg=name)
+
+
+def test_needs_no_trl():
+    code = """
+import sys
+
+for name in ("trl", "peft"):
+    sys.modules[name] = None
+from transformers import LlamaConfig, LlamaForCausalLM
+from spo_kernels.integrations import fuse_lm_head
+
+shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=31, intermediate_size=16, **shape))
+fuse_lm_head(model)
+assert model.training and not any("trl" in name for name in sys.modules if sys.modules[name])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("fused_first", [True, False])
 @pytest.mark.parametrize("kind", ["body", "head", "two", "saved"])
 def test_lora(kind, fused_first):
@@ -496,6 +554,9 @@ def make_wrapped(config):
 
 class OddLinear(torch.nn.Linear):
     """A head that computes something else, as quantised ones do."""
+
+    def forward(self, hidden):
+        return super().forward(hidden).relu()
 
 
 def test_errors():
