@@ -5,7 +5,6 @@ For the plain ``transformers.Trainer`` and for loops of your own; TRL is not nee
 
 import inspect
 import math
-import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -246,6 +245,8 @@ class FusedLMHead:
             items = (targets != ignored).sum().clamp(min=1)
         elif isinstance(items, torch.Tensor):
             items = items.to(total.device).clamp(min=1)
+        else:
+            items = max(items, 1)
         return total / items
 
 
@@ -276,9 +277,10 @@ def _router_loss(
 
 
 def _balance_function(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
-    # each family has a version of its own beside its forward
-    family = sys.modules[inspect.unwrap(type(model).forward).__module__]
-    return getattr(family, "load_balancing_loss_func", None)
+    """Return the function that this family's forward calls, each has a version of its own."""
+    if "load_balancing_loss_func" not in _names_in_forward(model):
+        return None
+    return inspect.unwrap(type(model).forward).__globals__["load_balancing_loss_func"]
 
 
 def _router_coefficient(model: PreTrainedModel) -> float:
