@@ -6,19 +6,22 @@ For the plain ``transformers.Trainer`` and for loops of your own; TRL is not nee
 import inspect
 import math
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import is_peft_available
 
 from spo_kernels import linear_logprob
 
+from .causal_model import (
+    causal_model,
+    names_in_forward,
+    parts_beside_head,
+    router_coefficient,
+    router_loss,
+)
 from .lm_head import head_layers, logit_transform, whole_head
 
 _OP = "fuse_lm_head"
@@ -35,12 +38,6 @@ _NOT_FOR_DECODER = {
     "use_cache",
     "output_router_logits",
 }
-
-
-# settings under which a family's loss is more than the cross-entropy of its transformed logits
-_BEYOND_CROSS_ENTROPY = ("z_loss_coefficient", "unpadded_vocab_size")
-
-_BALANCE_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def fuse_lm_head(
     if not (z_loss >= 0 and math.isfinite(z_loss)):
         raise ValueError(f"{_OP}: z_loss must be a finite float >= 0, got {z_loss}")
     settings = FusedLossSettings(float(label_smoothing), float(z_loss), budget_bytes, backend)
-    causal = _causal_model(model)
+    causal = causal_model(_OP, model)
     handle = vars(causal).get(_ATTRIBUTE)
     if handle is None:
         handle = FusedLMHead(causal)
@@ -121,7 +118,7 @@ class FusedLMHead:
         self._model = model
         self._forward = forward
         self._instance_forward = vars(model).get("forward")
-        self._transform = logit_transform(model.config.get_text_config(), _names_in_forward(model))
+        self._transform = logit_transform(model.config.get_text_config(), names_in_forward(model))
         # both live on the model: a deepcopy of it has a handle of its own and calls itself
         setattr(model, _ATTRIBUTE, self)
         model.forward = types.MethodType(forward, model)
@@ -160,8 +157,10 @@ class FusedLMHead:
             return type(model).forward(model, *args, **inputs)
         kept = given.get("logits_to_keep")
         if kept is not None and not (isinstance(kept, int) and kept == 0):
+            # never the data of a tensor
+            got = kept if isinstance(kept, int) else type(kept).__name__
             raise ValueError(
-                f"{_OP}: logits_to_keep must be 0 in a call with labels, got {kept}. Rows without "
+                f"{_OP}: logits_to_keep must be 0 in a call with labels, got {got}. Rows without "
                 "a label cost nothing."
             )
         return self._loss_output(given)
@@ -176,16 +175,16 @@ class FusedLMHead:
             if router_wanted is None:
                 router_wanted = config.output_router_logits
             decoder_inputs["output_router_logits"] = router_wanted
-        [decoder] = _parts_beside_head(model)
+        [decoder] = parts_beside_head(model)
         states = decoder(**decoder_inputs, use_cache=False, return_dict=True)
         loss = self._loss(states.last_hidden_state, given)
         output = CausalLMOutputWithPast
         extra = {}
         if router_wanted:
             output = MoeCausalLMOutputWithPast
-            aux_loss = _router_loss(model, states.router_logits, given.get("attention_mask"))
+            aux_loss = router_loss(model, states.router_logits, given.get("attention_mask"))
             if aux_loss is not None:
-                loss = loss + _router_coefficient(model) * aux_loss.to(loss.device)
+                loss = loss + router_coefficient(model) * aux_loss.to(loss.device)
             extra = {"aux_loss": aux_loss, "router_logits": states.router_logits}
         result = output(
             loss=loss,
@@ -212,9 +211,11 @@ class FusedLMHead:
         if targets is None:
             targets = torch.nn.functional.pad(given["labels"], (0, 1), value=ignored)[..., 1:]
         targets = targets.to(weight.device)
-        outputs = ("logps",)
+        outputs = ["logps"]
         if settings.label_smoothing or settings.z_loss:
-            outputs = ("logps", "logsumexp", "mean_logits")
+            outputs.append("logsumexp")
+        if settings.label_smoothing:
+            outputs.append("mean_logits")
         lora_b = (b.weight for _, _, b, _ in head.lora)
         with whole_head(weight, head.linear.bias, *lora_b) as (whole, bias, *lora_b):
             lora = None
@@ -228,7 +229,7 @@ class FusedLMHead:
                 bias=bias,
                 lora=lora,
                 ignore_index=ignored,
-                outputs=outputs,
+                outputs=tuple(outputs),
                 budget_bytes=settings.budget_bytes,
                 backend=settings.backend,
                 **self._transform,
@@ -261,83 +262,3 @@ def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
 
 def _has_labels(given: dict[str, Any]) -> bool:
     return given.get("labels") is not None or given.get("shift_labels") is not None
-
-
-def _router_loss(
-    model: PreTrainedModel,
-    router_logits: tuple[torch.Tensor, ...],
-    attention_mask: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Return the balancing loss that this family computes, None for one that has none."""
-    balance = _balance_function(model)
-    # DeepSeek-V3's relatives balance their experts with a bias instead
-    if balance is None:
-        return None
-    return balance(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
-
-
-def _balance_function(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
-    """Return the function that this family's forward calls, each has a version of its own."""
-    if "load_balancing_loss_func" not in _names_in_forward(model):
-        return None
-    return inspect.unwrap(type(model).forward).__globals__["load_balancing_loss_func"]
-
-
-def _router_coefficient(model: PreTrainedModel) -> float:
-    # JetMoe's name is the shorter one
-    name = "aux_loss_coef" if model.config.model_type == "jetmoe" else "router_aux_loss_coef"
-    return getattr(model, name)
-
-
-def _parts_beside_head(model: PreTrainedModel) -> list[torch.nn.Module]:
-    head = model.get_output_embeddings()
-    return [part for part in model.children() if part is not head]
-
-
-def _names_in_forward(model: PreTrainedModel) -> tuple[str, ...]:
-    return inspect.unwrap(type(model).forward).__code__.co_names
-
-
-def _causal_model(model: torch.nn.Module) -> PreTrainedModel:
-    """Return the causal language model in ``model``, refusing what has a loss of another form."""
-    if is_peft_available():
-        from peft import PeftModel
-
-        if isinstance(model, PeftModel):
-            model = model.get_base_model()
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"{_OP}: model must be a transformers model or a PEFT model of one, got {name}"
-        )
-
-    def refuse(requirement: str, got: str = name) -> None:
-        raise NotImplementedError(f"{_OP}: model must {requirement}, got {got}")
-
-    if model.config.is_encoder_decoder:
-        refuse("be decoder-only")
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    known = {name for name in names if "ConditionalGeneration" not in name}
-    if not known & {kind.__name__ for kind in type(model).__mro__}:
-        refuse("be a text-only causal language model of transformers")
-    # BART's relatives do not shift their labels, ProphetNet predicts several tokens, ...
-    if "loss_function" not in _names_in_forward(model):
-        refuse("take its loss from loss_function", f"a loss of its own in {name}")
-    if model.loss_function is not ForCausalLMLoss:
-        loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
-        refuse("have ForCausalLMLoss as its loss_function", loss)
-    for setting in _BEYOND_CROSS_ENTROPY:
-        if value := getattr(model.config.get_text_config(), setting, None):
-            refuse(f"leave config.{setting} unset", value)
-    balance = _balance_function(model)
-    if balance is not None and list(inspect.signature(balance).parameters) != _BALANCE_ARGUMENTS:
-        refuse("balance its experts by their logits alone")
-    head = model.get_output_embeddings()
-    if head is None:
-        refuse("have an LM head")
-    # such as the dense layers between BERT's relatives and their vocabulary
-    if len(_parts_beside_head(model)) != 1 or len(list(model.children())) != 2:
-        parts = ", ".join(name for name, _ in model.named_children())
-        refuse("consist of a decoder and an LM head only", f"{name} of {parts}")
-    head_layers(_OP, head)
-    return model
