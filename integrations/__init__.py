@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         ScoreMarginFilter,
         mix_on_policy,
     )
+    from spo_kernels.integrations.transformers_trainer import fuse_lm_head
     from spo_kernels.integrations.trl_config import SPOConfig
     from spo_kernels.integrations.trl_trainer import SPOTrainer
 
@@ -17,6 +18,7 @@ __all__ = [
     "SPOConfig",
     "SPOTrainer",
     "ScoreMarginFilter",
+    "fuse_lm_head",
     "mix_on_policy",
 ]
 
@@ -25,6 +27,7 @@ _MODULE_OF = {
     "SPOConfig": "trl_config",
     "SPOTrainer": "trl_trainer",
     "ScoreMarginFilter": "data_recipes",
+    "fuse_lm_head": "transformers_trainer",
     "mix_on_policy": "data_recipes",
 }
 

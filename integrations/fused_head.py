@@ -8,21 +8,19 @@ call is the model's own.
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer import dpo_trainer
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+from trl.trainer.utils import FusedCausalLMOutput
 
 from spo_kernels import linear_logprob
 
+from .lm_head import logit_transform, whole_head
 from .text_views import pool_views, telescope
 
 DEGREE_HEAD = "spo_degree_head"
@@ -96,15 +94,11 @@ class FusedForward:
     def __init__(
         self, model: PreTrainedModel, outputs: tuple[str, ...], settings: FusedHeadSettings
     ) -> None:
-        config = model.config.get_text_config()
         self.model = model
         self.settings = settings
         self.plain_forward = model.forward
         self.outputs = tuple(_FIELD_OF.get(name, name) for name in outputs)
-        self.transform = {
-            "logit_scale": _logit_scale(config),
-            "softcap": getattr(config, "final_logit_softcapping", None),
-        }
+        self.transform = logit_transform(model.config.get_text_config())
 
     def __call__(
         self,
@@ -122,7 +116,7 @@ class FusedForward:
         # layers may be spread over devices: everything meets where the head is
         hidden = states.last_hidden_state.to(head.weight.device)
         next_tokens = labels[:, 1:].to(head.weight.device)
-        with _whole_head(head.weight, head.bias) as (weight, bias):
+        with whole_head(head.weight, head.bias) as (weight, bias):
             scored = linear_logprob(
                 # the rows after those of the labels are shortened responses, which are not scored
                 hidden[: len(labels), :-1],
@@ -170,25 +164,6 @@ def _degree_rows(
     return telescope(pooled, inputs["view_order"], levels, offsets), levels, offsets
 
 
-# config attribute of each family -> how its value enters the logits
-_LOGIT_SCALES: dict[str, Callable[[float], float]] = {
-    "logit_scale": float,
-    "output_multiplier": float,
-    "lm_head_multiplier": float,
-    "logits_scaling": lambda divisor: 1.0 / divisor,
-}
-
-
-def _logit_scale(config: PretrainedConfig) -> float:
-    """Return the factor of the architecture's logits, under whichever name it has."""
-    for name, factor_of in _LOGIT_SCALES.items():
-        value = getattr(config, name, None)
-        if value is not None:
-            # this one family multiplies by what the others divide by
-            return float(value) if config.model_type == "hyperclovax" else factor_of(value)
-    return 1.0
-
-
 def _router_loss(
     config: PretrainedConfig, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor
 ) -> torch.Tensor:
@@ -197,41 +172,3 @@ def _router_loss(
     return load_balancing_loss_func(
         router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
     )
-
-
-@contextmanager
-def _whole_head(
-    weight: torch.Tensor, bias: torch.Tensor | None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Give the head in one piece, however it is sharded, with one collective per call."""
-    if isinstance(weight, DTensor):
-        yield _full_tensor(weight), None if bias is None else _full_tensor(bias)
-        return
-    with maybe_gather_lm_head_ctx(weight, bias):
-        if not is_deepspeed_zero3_enabled():
-            yield weight, bias
-            return
-        parameters = [p for p in (weight, bias) if p is not None]
-        with saved_tensors_hooks(functools.partial(_release, parameters), _gather_again):
-            yield weight, bias
-
-
-def _full_tensor(sharded: DTensor) -> torch.Tensor:
-    # without placements of its own the gradient would keep every rank's share unreduced
-    placements = [Partial("avg")] * sharded.device_mesh.ndim
-    return sharded.full_tensor(grad_placements=placements)
-
-
-def _release(parameters: list[torch.nn.Parameter], tensor: torch.Tensor) -> torch.Tensor:
-    """Keep for the backward the parameter itself, whose storage ZeRO-3 takes away in between."""
-    for parameter in parameters:
-        if tensor.data_ptr() == parameter.data_ptr() and tensor.shape == parameter.shape:
-            return parameter
-    return tensor
-
-
-def _gather_again(kept: torch.Tensor) -> torch.Tensor:
-    if not hasattr(kept, "ds_status"):
-        return kept
-    with maybe_gather_lm_head_ctx(kept):
-        return kept.detach().clone()
