@@ -3,8 +3,8 @@
 One picture a family in ``benchmarks/results/``, to lay beside the papers' own. beta is 1, every
 other parameter its default (label smoothing 0.1 and a bend of 0.25 where the default hides a term).
 Pairs: the chosen score runs from -m / 2 to m / 2 against the rejected one, ten tokens each.
-Unpaired: the score of one response, good or bad. Lists: the score of the best of four, the others
-at 0.5, 0 and -0.5.
+Unpaired: the score of one response, good or bad, with kto's z at 1. Lists: the score of the best
+of four, the others at 0.5, 0 and -0.5.
 """
 
 import sys
@@ -70,7 +70,8 @@ def pair_loss(row: LossType, margin: torch.Tensor) -> torch.Tensor:
 
 
 def unpaired_loss(name: str, is_desirable: bool, score: torch.Tensor) -> torch.Tensor:
-    baselines = {"kto": {"kl": torch.zeros((), dtype=torch.float64)}}
+    # at 0, kto's curves would be apo_zero_unpaired's
+    baselines = {"kto": {"kl": torch.ones((), dtype=torch.float64)}}
     baselines["bco"] = {"reward_shift": torch.zeros((), dtype=torch.float64)}
     out = unpaired_preference_loss(
         score[None],
