@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from benchmarks.results import Row
 
 _FROZEN, _TRAINABLE = "frozen head", "trainable head"
+# what one launch of preference_loss may take at 16 pairs of 512 tokens
+LAUNCH_US = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Bar:
 
 
 def cpu_bars(rows: Iterable[Row]) -> list[Bar]:
-    """Return the bars of the CPU backend from one interleaved run at the bar's shape."""
+    """Return the bars of the CPU backend from interleaved runs at the bars' shapes."""
+    rows = list(rows)
     runs = {
         (row["trainable"], row["dtype"], row["provider"]): row
         for row in rows
@@ -46,11 +49,20 @@ def cpu_bars(rows: Iterable[Row]) -> list[Bar]:
             bars.append(_bar(case, "memory against eager", "peak_bytes", ours, eager, 0.25))
         if ours and half:
             bars.append(_bar(case, "bf16 against fp32 time", "median_ms", half, ours, 1.1))
+    for row in rows:
+        if row["kind"] == "pairs" and row["shape"] == "bar" and row["device"] == "cpu":
+            if row["provider"] == "spo":
+                case = f"CPU, preference_loss {row['case']}"
+                bars.append(Bar(case, "time against eager", row["ratio"], 1.0))
     return bars
 
 
 def gpu_bars(rows: Iterable[Row]) -> list[Bar]:
-    """Return the bars of the Triton backend: time and memory against TRL, eager and bare GEMMs."""
+    """Return the bars of the Triton backend: time and memory against TRL, eager and bare GEMMs.
+
+    And those of ``preference_loss``: one launch each way, none of them long, no host sync.
+    """
+    rows = list(rows)
     runs: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if row["kind"] == "time":
@@ -78,6 +90,26 @@ def gpu_bars(rows: Iterable[Row]) -> list[Bar]:
             ratio = ours["median_ms"] / (units * unit["median_ms"])
             what = f"{which} against {units} bare GEMM{'s' * (units > 1)}"
             bars.append(Bar(f"GPU, {workload}", what, ratio, limits[small]))
+    pairs = {
+        (row["workload"], row["provider"]): row for row in rows if row["kind"] == "linear_pairs"
+    }
+    for (workload, provider), ours in pairs.items():
+        liger = pairs.get((workload, "liger"))
+        if provider != "spo" or liger is None:
+            continue
+        case = f"GPU, {workload}"
+        bars.append(_bar(case, "time against Liger", "median_ms", ours, liger, 1.0))
+        # the bar is set at 16k tokens a sequence
+        if ours["rows"] // (2 * ours["pairs"]) >= 16384:
+            bars.append(_bar(case, "memory against Liger", "peak_bytes", ours, liger, 0.25))
+    for row in rows:
+        if row["kind"] == "launches" and row["provider"] == "spo" and "launch_us" in row:
+            case = f"GPU, {row['workload']}"
+            for which in ("forward", "backward"):
+                bars.append(Bar(case, f"launches {which}", row[f"kernels_{which}"], 1.0))
+            bars.append(Bar(case, "host syncs", row["host_syncs"], 0.0))
+            what = f"longest launch against {LAUNCH_US:g} us"
+            bars.append(Bar(case, what, row["launch_us"] / LAUNCH_US, 1.0))
     return bars
 
 

@@ -76,7 +76,9 @@ def gated_steps(workload: Workload, device: str) -> dict[str, Step]:
 
 
 def peak_bytes(provider: str, *, workload: Workload, setting) -> int:
-    """Return the peak of one step beyond its inputs, gradients included."""
+    """Return the peak of one step beyond its inputs, gradients included; 0 for a toy."""
+    if setting.tiny:
+        return 0
     if setting.device.startswith("cuda"):
         return memory.cuda_peak_bytes(step_of(provider, workload, setting.device))
     return memory.process_peak_bytes(__name__, provider, workload, threads=setting.threads)
@@ -90,8 +92,8 @@ def rows_of(
     rows = []
     for provider, values in times.items():
         row = {
-            "kind": "pairs",
-            "workload": f"pairs-{workload.name}",
+            "kind": "linear_pairs",
+            "workload": f"linear-pairs-{workload.name}",
             **dataclasses.asdict(workload),
         }
         row |= {"provider": provider, "pairs": P, "pass": "forward_backward"}
@@ -99,9 +101,9 @@ def rows_of(
         row["peak_bytes"] = measure(provider)
         row["workspace_bytes"] = max(0, row["peak_bytes"] - workload.gradient_bytes)
         rows.append(row)
-    liger = next(row for row in rows if row["provider"] == "liger")
+    liger = next((row for row in rows if row["provider"] == "liger"), None)
     for row in rows:
-        if row["provider"].startswith("spo"):
+        if row["provider"].startswith("spo") and liger is not None and liger["peak_bytes"]:
             time, peak = (row[key] / liger[key] for key in ("median_ms", "peak_bytes"))
             row["note"] = f"{time:.3f}x Liger's time, {peak:.3f}x its memory"
     return rows

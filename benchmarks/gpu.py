@@ -9,17 +9,21 @@ on toy shapes on any device: the logic, not the numbers.
 import argparse
 import dataclasses
 import gc
+import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import (
     accuracy,
     bench_degree_loss,
+    bench_linear_preference_loss,
+    bench_preference_loss,
     bench_train_step,
     memory,
     providers,
@@ -106,10 +110,17 @@ def stages_of(run: Run) -> Iterator[Stage]:
     for dtype in ("bf16", "fp16", "fp32"):
         yield f"accuracy-{dtype}", lambda dtype=dtype: accuracy_rows(run, dtype)
     yield "launches", lambda: launch_rows(run)
+    yield "preference_loss", lambda: preference_rows(run)
     grid = [workloads.TINY] if run.tiny else workloads.gpu_grid(long=run.long)
     for workload in grid:
         yield f"time-{workload.name}", lambda workload=workload: time_rows(run, workload)
     yield "degree", lambda: degree_rows(run)
+    hidden, vocab = workloads.MODEL_SHAPES["llama8b"]
+    for rows in (8192, 32768) if not run.tiny else (24,):
+        workload = Workload("llama8b", rows, hidden, vocab, trainable=True, peaked=True)
+        if run.tiny:
+            workload = dataclasses.replace(workloads.TINY, trainable=True)
+        yield f"linear-pairs-{workload.name}", lambda workload=workload: pair_rows(run, workload)
     shapes = [train_step.TINY_STEP] if run.tiny else train_step.gpu_steps(long=run.long)
     for shape in shapes:
         yield shape.workload, lambda shape=shape: step_rows(run, shape)
@@ -198,12 +209,51 @@ def launch_rows(run: Run) -> list[Row]:
     return [{"kind": "launches", **row} for row in rows]
 
 
+def preference_rows(run: Run) -> list[Row]:
+    """``preference_loss`` beside plain torch: time of a step, launches, time of the longest."""
+    bench = bench_preference_loss
+    shape = bench.TINY if run.tiny else bench.BAR
+    rows = []
+    for case in bench.CASES:
+        runs = bench.make_runs(case, shape, run.device)
+        rounds = 2 if run.tiny else 20
+        times = timing.race(runs, rounds=rounds, warmup_rounds=2, device=run.device)
+        rows += bench.rows_of(case, shape, times, run.device)
+        tensors = bench.make_tensors(shape, run.device)
+        upstream = torch.full((shape.pairs,), 1.0 / shape.pairs, device=run.device)
+        for name, forward in bench.forwards_of(case, tensors).items():
+            row = {"kind": "launches", "workload": f"launches-{shape.workload(case)}"}
+            row |= {"provider": name, **_launches(run, forward, tensors.leaves, upstream)}
+            if run.on_gpu:
+                row |= _launch_times(forward, tensors.leaves, upstream, shape.steps)
+            rows.append(row)
+    return rows
+
+
 def degree_rows(run: Run) -> list[Row]:
     """``degree_loss`` beside the log-probs of the same batch."""
     workload = workloads.TINY if run.tiny else workloads.gpu_grid(long=False)[0]
     runs = bench_degree_loss.make_runs(workload, run.device)
     times = timing.race(runs, rounds=5, warmup_rounds=2, device=run.device)
     return bench_degree_loss.rows_of(workload, times)
+
+
+def pair_rows(run: Run, workload: Workload) -> list[Row]:
+    """``linear_preference_loss`` beside Liger's fused DPO and eager logits: time and peak."""
+    bench = bench_linear_preference_loss
+    steps, peaks = {}, {}
+    for name, step in bench.gated_steps(workload, run.device).items():
+        try:
+            peaks[name] = memory.cuda_peak_bytes(step) if run.on_gpu else 0
+        except torch.cuda.OutOfMemoryError:
+            if name.startswith("spo"):
+                raise
+            _show_skips(workload.name, {name: "out of memory"})
+            continue
+        steps[name] = step
+    rounds = 2 if run.tiny else 5
+    times = timing.race(steps, rounds=rounds, device=run.device)
+    return bench.rows_of(workload, times, peaks.__getitem__)
 
 
 def step_rows(run: Run, shape: train_step.StepShape) -> list[Row]:
@@ -248,7 +298,7 @@ def _bare_gemm(tensors: workloads.Tensors) -> Callable[[], None]:
     return run
 
 
-def _launches(run: Run, forward: Callable, leaves: list, upstream: torch.Tensor) -> Row:
+def _launches(run: Run, forward: Callable, leaves: Sequence, upstream: torch.Tensor) -> Row:
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * run.on_gpu
@@ -264,13 +314,36 @@ def _launches(run: Run, forward: Callable, leaves: list, upstream: torch.Tensor)
             else:
                 torch.autograd.grad(out, leaves, upstream)
         events = trace.events()
-        on_device = torch.autograd.DeviceType.CUDA
-        counts[f"kernels_{which}"] = sum(
-            event.device_type == on_device and not event.name.startswith(("Memcpy", "Memset"))
-            for event in events
-        )
+        counts[f"kernels_{which}"] = sum(_is_kernel(event) for event in events)
         syncs += sum(event.name in _SYNC_NAMES for event in events)
     return {**counts, "host_syncs": syncs}
+
+
+def _launch_times(
+    forward: Callable, leaves: Sequence, upstream: torch.Tensor, steps: int
+) -> dict[str, float]:
+    """Return microseconds on the GPU of the longest kernel and of a step, over many steps.
+
+    From the profiler: kernels this short end before the host launches the next one.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        for _ in range(steps):
+            torch.autograd.grad(forward(), leaves, upstream)
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = {}
+    for event in trace.events():
+        if _is_kernel(event):
+            times.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    longest = max(statistics.median(values) for values in times.values())
+    whole = sum(sum(values) for values in times.values()) / steps
+    return {"launch_us": round(longest, 2), "device_us": round(whole, 2)}
+
+
+def _is_kernel(event: Any) -> bool:
+    on_device = event.device_type == torch.autograd.DeviceType.CUDA
+    return on_device and not event.name.startswith(("Memcpy", "Memset"))
 
 
 def _show_skips(where: str, skipped: dict[str, str]) -> None:

@@ -142,7 +142,7 @@ def _time_table(rows: list[Row], kind: str, title: str) -> str:
 def _extra_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
-        if row["kind"] in ("step", "degree", "pairs"):
+        if row["kind"] in ("step", "degree", "pairs", "linear_pairs"):
             lines.append(
                 f"| {row['workload']} | {row['provider']} | {_ms(row['median_ms'])} | "
                 f"{_mib(row.get('peak_bytes'))} | {row.get('note', '')} |"
@@ -150,12 +150,11 @@ def _extra_table(rows: list[Row]) -> str:
         if row["kind"] == "launches":
             lines.append(
                 f"| {row['workload']} | {row['provider']} | {row['kernels_forward']} + "
-                f"{row['kernels_backward']} kernels | | {row['host_syncs']} host syncs |"
+                f"{row['kernels_backward']} kernels | | {row['host_syncs']} host syncs"
+                + (f", longest {row['launch_us']:.1f} us |" if "launch_us" in row else " |")
             )
-    return _titled(
-        "Training step, degree loss, loss of pairs, launches",
-        _table("| what | provider | | | |", lines),
-    )
+    title = "Training step, degree loss, losses of pairs, launches"
+    return _titled(title, _table("| what | provider | | | |", lines))
 
 
 def _accuracy_table(rows: list[Row]) -> str:

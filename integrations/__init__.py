@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         ScoreMarginFilter,
         mix_on_policy,
     )
+    from spo_kernels.integrations.transformers_trainer import fuse_lm_head
     from spo_kernels.integrations.trl_config import SPOConfig
     from spo_kernels.integrations.trl_patch import TRLPatch, patch_trl
     from spo_kernels.integrations.trl_trainer import SPOTrainer
@@ -19,6 +20,7 @@ __all__ = [
     "SPOTrainer",
     "ScoreMarginFilter",
     "TRLPatch",
+    "fuse_lm_head",
     "mix_on_policy",
     "patch_trl",
 ]
@@ -29,6 +31,7 @@ _MODULE_OF = {
     "SPOTrainer": "trl_trainer",
     "ScoreMarginFilter": "data_recipes",
     "TRLPatch": "trl_patch",
+    "fuse_lm_head": "transformers_trainer",
     "mix_on_policy": "data_recipes",
     "patch_trl": "trl_patch",
 }

@@ -20,9 +20,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from spo_kernels import linear_logprob
 
-from .head_adapter import head_adapters, lora_factors
+from .lm_head import head_layers, logit_transform, whole_head
 from .text_views import pool_views, telescope
-from .whole_head import whole_head
 
 DEGREE_HEAD = "spo_degree_head"
 
@@ -118,11 +117,7 @@ class FusedForward:
         self.plain_forward = _unbound(model)
         self.outputs = {"log_probs", *outputs}
         self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
-        self.transform = {
-            "temperature": temperature,
-            "logit_scale": _logit_scale(config),
-            "softcap": getattr(config, "final_logit_softcapping", None),
-        }
+        self.transform = {"temperature": temperature, **logit_transform(config)}
 
     def __call__(
         self,
@@ -172,17 +167,20 @@ class FusedForward:
         scored_rows: int | None,
     ) -> dict[str, torch.Tensor | None]:
         """Return the outputs that were asked for, under TRL's names."""
-        head = model.get_output_embeddings()
+        layers = head_layers("fused_lm_head", model.get_output_embeddings())
         exact = nullcontext()
         if self.cast_lm_head_to_fp32:
             hidden = hidden.float()
             exact = torch.autocast(hidden.device.type, enabled=False)
         # the rows after those of the labels are shortened responses, which are not scored
         hidden = hidden[: len(targets)]
-        adapters = head_adapters(head, hidden)
-        factors = [adapter.a for adapter in adapters] + [adapter.b for adapter in adapters]
-        with exact, whole_head(head.weight, head.bias, *factors) as (weight, bias, *whole):
-            lora = lora_factors(adapters, tuple(whole), hidden.dtype)
+        linear, factors = layers.linear, [b.weight for _, _, b, _ in layers.lora]
+        with exact, whole_head(linear.weight, linear.bias, *factors) as (weight, bias, *factors):
+            lora = None
+            if factors:
+                # dropout is drawn for every position, as PEFT does: a seed drops the same values
+                a_out = torch.cat(layers.lora_inputs(hidden), dim=-1)
+                lora = a_out, torch.cat([b.to(hidden.dtype) for b in factors], dim=-1)
             length = targets.shape[1]
             scored = linear_logprob(
                 hidden[:, :length],
@@ -253,25 +251,6 @@ def _degree_rows(
         return hidden.flatten(0, 1), levels.flatten(), offsets
     pooled = pool_views(hidden, inputs["completion_mask"], pooling)
     return telescope(pooled, inputs["view_order"], levels, offsets), levels, offsets
-
-
-# config attribute of each family -> how its value enters the logits
-_LOGIT_SCALES: dict[str, Callable[[float], float]] = {
-    "logit_scale": float,
-    "output_multiplier": float,
-    "lm_head_multiplier": float,
-    "logits_scaling": lambda divisor: 1.0 / divisor,
-}
-
-
-def _logit_scale(config: PretrainedConfig) -> float:
-    """Return the factor of the architecture's logits, under whichever name it has."""
-    for name, factor_of in _LOGIT_SCALES.items():
-        value = getattr(config, name, None)
-        if value is not None:
-            # this one family multiplies by what the others divide by
-            return float(value) if config.model_type == "hyperclovax" else factor_of(value)
-    return 1.0
 
 
 def _router_loss(

@@ -12,8 +12,8 @@ from trl.trainer import utils as trl_utils
 from spo_kernels import linear_logprob
 
 from .fused_head import FusedHeadSettings, install_fused_head
+from .lm_head import whole_head
 from .trl_patch import Change, TRLPatch
-from .whole_head import whole_head
 
 _TRAINERS = {
     "DPO": "trl.trainer.dpo_trainer",

@@ -54,8 +54,9 @@ def check_dtype(
 
 def check_shape(op: str, argument: str, value: torch.Tensor, shape: tuple, spec: str) -> None:
     """Require ``value.shape == shape`` (``None`` fits any size); ``spec`` is what the text says."""
-    fits = value.dim() == len(shape) and all(
-        want is None or size == want for size, want in zip(value.shape, shape, strict=True)
+    fits = value.shape == shape or (
+        value.dim() == len(shape)
+        and all(want is None or size == want for size, want in zip(value.shape, shape, strict=True))
     )
     if not fits:
         fail(op, argument, f"have shape {spec}", tuple(value.shape))
@@ -64,9 +65,10 @@ def check_shape(op: str, argument: str, value: torch.Tensor, shape: tuple, spec:
 def check_same_device(op: str, named: dict[str, torch.Tensor | None]) -> None:
     """Require every given tensor on one device and name the two that differ."""
     first_name, first = next((name, t) for name, t in named.items() if t is not None)
+    device = first.device
     for name, tensor in named.items():
-        if tensor is not None and tensor.device != first.device:
-            fail(op, name, f"be on {first.device} like {first_name}", str(tensor.device))
+        if tensor is not None and tensor.device != device:
+            fail(op, name, f"be on {device} like {first_name}", str(tensor.device))
 
 
 def check_positive_float(op: str, argument: str, value: Any) -> float:
@@ -90,6 +92,9 @@ def check_parameters(
     """Check every parameter against its range in the table, used by the types or not."""
     for parameter in table:
         value = values[parameter.name]
+        if type(value) is float and parameter.low < value < parameter.high:
+            # within both ends, whether they belong to the range or not
+            continue
         check_number(op, parameter.name, value)
         if not parameter.holds(value):
             fail(op, parameter.name, parameter.requirement, value)
@@ -147,10 +152,13 @@ def resolve_backend(op: str, backend: str, tensor: torch.Tensor) -> str:
     check_choice(op, "backend", backend, ("auto", "torch", "triton"))
     if backend == "torch":
         return "torch"
-    installed = importlib.util.find_spec("triton") is not None
     on_gpu = tensor.device.type == "cuda" and torch.version.cuda is not None
+    if backend == "auto" and not on_gpu:
+        return "torch"
+    # a walk along the import path: only where the answer matters
+    installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        able = installed and on_gpu and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+        able = installed and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
         return "triton" if able else "torch"
     if not installed:
         raise NotImplementedError(

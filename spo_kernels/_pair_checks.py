@@ -32,14 +32,17 @@ from spo_kernels.loss_table import (
 _OP = "preference_loss"
 _FLOATS = (*FLOAT_DTYPES, torch.float64)
 _MASKS = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
-# field of a Side -> its argument, where {} is the response
-_ARGUMENT_OF = {
-    "logps": "{}_logps",
-    "ref": "ref_{}_logps",
-    "mask": "{}_mask",
-    "offsets": "{}_offsets",
-    "lengths": "{}_lengths",
-    "log_sum_sq": "{}_log_sum_sq_probs",
+# response -> field of its Side -> the argument's name
+_ARGUMENTS = {
+    which: {
+        "logps": f"{which}_logps",
+        "ref": f"ref_{which}_logps",
+        "mask": f"{which}_mask",
+        "offsets": f"{which}_offsets",
+        "lengths": f"{which}_lengths",
+        "log_sum_sq": f"{which}_log_sum_sq_probs",
+    }
+    for which in ("chosen", "rejected", "response")
 }
 
 
@@ -107,11 +110,14 @@ def check_call(
         if not 0.0 <= ld_alpha <= 1.0:
             fail(_OP, "ld_alpha", "be between 0 and 1, [0, 1]", ld_alpha)
         ld_alpha = float(ld_alpha)
+    # a bisection, which only the types with this price read
+    is_priced = any("ada_rho" in loss.parameters for loss in losses)
+    inverse_root = ada_inverse_root(values["ada_rho"]) if is_priced else 0.0
     return PairCall(
         backend="",
         losses=losses,
         weights=weights,
-        parameters=Parameters(**values, ada_inverse_root=ada_inverse_root(values["ada_rho"])),
+        parameters=Parameters(**values, ada_inverse_root=inverse_root),
         divergence=divergence,
         divergence_power=power,
         ld_alpha=ld_alpha,
@@ -126,7 +132,7 @@ def check_sides(chosen: Side, rejected: Side, response: Side, data: PairData, ca
     """Refuse tensors that do not form P pairs, or that the mix or a setting misses."""
     sides = {"chosen": chosen, "rejected": rejected, "response": response}
     named = {
-        _ARGUMENT_OF[field].format(which): tensor
+        _ARGUMENTS[which][field]: tensor
         for which, side in sides.items()
         for field, tensor in zip(Side._fields, side, strict=True)
         if tensor is not None or (field == "logps" and which != "response")
@@ -160,15 +166,15 @@ def _check_missing(sides: dict[str, Side], data: dict[str, Any], call: PairCall)
     """Refuse an optional input that stands alone, or that a type or a setting needs."""
     two = [sides["chosen"], sides["rejected"]]
     for field in ("ref", "log_sum_sq"):
-        _check_together(
-            {_ARGUMENT_OF[field].format(w): getattr(sides[w], field) for w in list(sides)[:2]}
-        )
-    _check_together({name: data[name] for name in ("reward_chosen", "reward_rejected")})
+        chosen, rejected = (_ARGUMENTS[which][field] for which in ("chosen", "rejected"))
+        _check_together(chosen, getattr(two[0], field), rejected, getattr(two[1], field))
+    rewards = data["reward_chosen"], data["reward_rejected"]
+    _check_together("reward_chosen", rewards[0], "reward_rejected", rewards[1])
     response = sides["response"]
     if response.logps is None:
         for field, tensor in zip(Side._fields, response, strict=True):
             if tensor is not None:
-                argument = _ARGUMENT_OF[field].format("response")
+                argument = _ARGUMENTS["response"][field]
                 fail(_OP, argument, "be None without response_logps", type(tensor).__name__)
     has_weights = data["pair_weights"] is not None or two[0].log_sum_sq is not None
     filters = call.parameters.min_reward_margin > 0
@@ -201,11 +207,13 @@ def _check_missing(sides: dict[str, Side], data: dict[str, Any], call: PairCall)
                 fail(_OP, f"{which}_logps", "hold token log-probs [P, T] with ld_alpha", shape)
 
 
-def _check_together(named: dict[str, torch.Tensor | None]) -> None:
-    given = [name for name, tensor in named.items() if tensor is not None]
-    if len(given) == 1:
-        missing = next(name for name in named if name not in given)
-        fail(_OP, missing, f"be given where {given[0]} is", None)
+def _check_together(
+    first_name: str, first: torch.Tensor | None, name: str, tensor: torch.Tensor | None
+) -> None:
+    if first is not None and tensor is None:
+        fail(_OP, name, f"be given where {first_name} is", None)
+    if first is None and tensor is not None:
+        fail(_OP, first_name, f"be given where {name} is", None)
 
 
 def _check_lengths(sides: dict[str, Side], which: tuple[str, ...], reason: str) -> None:
@@ -219,7 +227,7 @@ def _check_lengths(sides: dict[str, Side], which: tuple[str, ...], reason: str) 
 
 def _check_side(which: str, side: Side, P: int | None) -> int:
     """Check one response of every pair and return P."""
-    names = {field: name.format(which) for field, name in _ARGUMENT_OF.items()}
+    names = _ARGUMENTS[which]
     logps = side.logps
     for field in ("logps", "ref", "log_sum_sq"):
         if getattr(side, field) is not None:

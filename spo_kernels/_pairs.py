@@ -81,8 +81,8 @@ class Scored(NamedTuple):
     """What a forward returns; the last three have one row for each loss of the mix, or are None."""
 
     losses: torch.Tensor  # [P]
-    rewards: torch.Tensor  # [2, P] beta * score of chosen, of rejected
-    sums: torch.Tensor  # [2, P] the policy's log-probs of chosen, of rejected
+    rewards: Any  # [P] of chosen, of rejected: beta * score
+    sums: Any  # [P] of chosen, of rejected: the policy's log-probs
     grads: torch.Tensor  # [5, P] dloss of the own pair, see GRAD_ROWS
     tails: torch.Tensor | None = None  # [2, P] int64: first token beyond the shared length
     ranks: torch.Tensor | None = None  # [L, 2, P] int32: whose loss a score takes part in

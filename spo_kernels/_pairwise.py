@@ -275,7 +275,11 @@ class _Run:
         data = PairData(*(None if t is None else t[pairs] for t in self.tensors.data))
         scored = self.loss_backend.preference_loss_fwd(*sides, data, call)
         self.losses[pairs] = scored.losses
-        self.rewards[:, pairs], self.sums[:, pairs] = scored.rewards, scored.sums
+        for side in range(2):
+            self.rewards[side, pairs], self.sums[side, pairs] = (
+                scored.rewards[side],
+                scored.sums[side],
+            )
         return scored, call
 
 

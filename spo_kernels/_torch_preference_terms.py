@@ -2,7 +2,7 @@
 
 A function of the scores or of the policy's log-probs returns (loss, slope of chosen, slope of
 rejected), one of the third response (loss, slope); a batch type returns (loss, slopes, what couples
-the pairs). Formulas and symbols are in ``loss_table.py``.
+the pairs). A slope that is 0 everywhere is None. Formulas and symbols are in ``loss_table.py``.
 """
 
 import math
@@ -27,8 +27,8 @@ class Pair(NamedTuple):
     pc: torch.Tensor
     pr: torch.Tensor
     # policy and reference, chosen minus rejected: what paired AOT sorts
-    ratio: torch.Tensor
-    ref_ratio: torch.Tensor
+    ratio: torch.Tensor | None
+    ref_ratio: torch.Tensor | None
     len_c: torch.Tensor | None
     len_r: torch.Tensor | None
     x: torch.Tensor | None
@@ -73,6 +73,9 @@ def _margin(pair, parameters):
 
 def _smoothed(m, eps, flip):
     """Return (1 - eps) sp(-m) + flip sp(m) and its slope."""
+    if eps == 0.0:
+        # flip is 0 with it
+        return softplus(-m), -torch.sigmoid(-m)
     loss = (1.0 - eps) * softplus(-m) + flip * softplus(m)
     return loss, flip * torch.sigmoid(m) - (1.0 - eps) * torch.sigmoid(-m)
 
@@ -86,8 +89,9 @@ def _hinge_of(m):
 
 
 def sigmoid(pair, parameters):
-    m = _margin(pair, parameters)
-    return _of_margin(softplus(-m), -torch.sigmoid(-m), parameters.beta)
+    down = parameters.beta * (pair.r - pair.c)
+    slope = -parameters.beta * torch.sigmoid(down)
+    return softplus(down), slope, -slope
 
 
 def hinge(pair, parameters):
@@ -96,7 +100,8 @@ def hinge(pair, parameters):
 
 def ipo(pair, parameters):
     error = pair.c / pair.len_c - pair.r / pair.len_r - 0.5 / parameters.beta
-    return error * error, 2.0 * error / pair.len_c, -2.0 * error / pair.len_r
+    slope = 2.0 * error
+    return error * error, slope / pair.len_c, -slope / pair.len_r
 
 
 def exo_pair(pair, parameters):
@@ -158,12 +163,13 @@ def apo_down(pair, parameters):
 
 def discopop(pair, parameters):
     m, tau = _margin(pair, parameters), parameters.discopop_tau
-    blend, rest = torch.sigmoid(m / tau), torch.sigmoid(-m / tau)
-    logistic = softplus(-m)
+    down, u = -m, m / tau
+    blend, rest = torch.sigmoid(u), torch.sigmoid(-u)
+    logistic = softplus(down)
     # far below 0 the product would be 0 * inf, elsewhere it is the more exact
-    far = torch.exp(-softplus(-m / tau) - m)
-    exponential = torch.where(m < -LARGEST_EXPONENT, far, blend * torch.exp(-m))
-    slope = rest / tau * (exponential - blend * logistic) - rest * torch.sigmoid(-m) - exponential
+    far = torch.exp(down - softplus(-u))
+    exponential = torch.where(down > LARGEST_EXPONENT, far, blend * torch.exp(down))
+    slope = rest / tau * (exponential - blend * logistic) - rest * torch.sigmoid(down) - exponential
     return _of_margin(rest * logistic + exponential, slope, parameters.beta)
 
 
@@ -236,29 +242,29 @@ def dual_clip(pair, parameters):
 
 def sft(pair, parameters):
     slope = -pair.share_c.expand_as(pair.pc)
-    return slope * pair.pc, slope, torch.zeros_like(slope)
+    return slope * pair.pc, slope, None
 
 
 def rpo(pair, parameters):
-    return -pair.pc, torch.full_like(pair.pc, -1.0), torch.zeros_like(pair.pc)
+    return -pair.pc, torch.full_like(pair.pc, -1.0), None
 
 
 def rpo_mean(pair, parameters):
     slope = -1.0 / pair.len_c
-    return slope * pair.pc, slope, torch.zeros_like(slope)
+    return slope * pair.pc, slope, None
 
 
-def _normalized(pair, parameters, reward_c, slope_c, reward_r, slope_r):
-    """A SimPO loss of the two rewards, given their slopes in the log-prob per token."""
+def _normalized(pair, parameters, reward_c, reward_r):
+    """A SimPO loss of the two rewards, as if they were the log-probs per token."""
     beta, eps = parameters.beta, parameters.label_smoothing
     z = beta * (reward_c - reward_r) - parameters.simpo_gamma
     loss, slope = _smoothed(z, eps, eps)
     slope = beta * slope
-    return loss, slope * slope_c / pair.len_c, -slope * slope_r / pair.len_r
+    return loss, slope / pair.len_c, -slope / pair.len_r
 
 
 def simpo(pair, parameters):
-    return _normalized(pair, parameters, pair.pc / pair.len_c, 1.0, pair.pr / pair.len_r, 1.0)
+    return _normalized(pair, parameters, pair.pc / pair.len_c, pair.pr / pair.len_r)
 
 
 def alphapo(pair, parameters):
@@ -272,8 +278,10 @@ def alphapo(pair, parameters):
         slope = torch.exp(cut).masked_fill(exponent > LARGEST_EXPONENT, 0.0)
         return -torch.expm1(cut) / alpha, slope
 
-    bent_c, bent_r = bent(pair.pc / pair.len_c), bent(pair.pr / pair.len_r)
-    return _normalized(pair, parameters, *bent_c, *bent_r)
+    reward_c, bend_c = bent(pair.pc / pair.len_c)
+    reward_r, bend_r = bent(pair.pr / pair.len_r)
+    loss, slope_c, slope_r = _normalized(pair, parameters, reward_c, reward_r)
+    return loss, bend_c * slope_c, bend_r * slope_r
 
 
 def orpo(pair, parameters):
@@ -325,14 +333,10 @@ def _ranked(u, orders, parameters):
     eps = parameters.label_smoothing
     loss, slope = _smoothed(parameters.beta * u, eps, eps)
     slope = parameters.beta * slope
-    ranks = torch.empty(2, u.numel(), dtype=torch.int64, device=u.device)
-    slopes = u.new_empty(2, u.numel())
-    places = torch.arange(u.numel(), device=u.device)
-    for i, (order, sign) in enumerate(zip(orders, (1.0, -1.0), strict=True)):
-        ranks[i].scatter_(0, order, places)
-        slopes[i].scatter_(0, order, sign * slope)
-    zero = torch.zeros_like(u)
-    return loss, zero, zero, Ranked(ranks, slopes)
+    orders = torch.stack(orders)
+    places = torch.arange(u.numel(), device=u.device).expand_as(orders)
+    ranks = torch.empty_like(orders).scatter_(1, orders, places)
+    return loss, None, None, Ranked(ranks, torch.stack((slope, -slope)).gather(1, ranks))
 
 
 def aql(pair, parameters):

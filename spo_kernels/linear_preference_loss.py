@@ -9,14 +9,8 @@ import torch
 
 from spo_kernels._call import Call, Inputs, Rows
 from spo_kernels._checks import (
-    FLOAT_DTYPES,
     check_choice,
-    check_dtype,
     check_positive_float,
-    check_same_device,
-    check_shape,
-    check_tensor,
-    fail,
     refuse_double_backward,
     refuse_fp64_on_triton,
     resolve_backend,
@@ -25,11 +19,11 @@ from spo_kernels._linear_inputs import (
     check_head_inputs,
     needed_grads,
     planned_device,
-    read_counts,
     rows_of,
 )
+from spo_kernels._pair_batch import check_batch, count_batch, sides_of
 from spo_kernels._pair_checks import check_call, check_mix, check_sides
-from spo_kernels._pairs import PairCall, PairData, Side
+from spo_kernels._pairs import PairData
 from spo_kernels._pairwise import (
     ROW_INPUTS,
     PairTensors,
@@ -166,12 +160,12 @@ def linear_preference_loss(
         losses, weights, parameters, f_divergence_type, f_alpha_divergence_coef, ld_alpha
     )
     data = PairData(pair_weights, reward_chosen, reward_rejected)
-    blocks = _check_batch(hidden, labels, ref_logps, response_labels, loss)
+    blocks = check_batch(_OP, hidden, labels, ref_logps, response_labels, loss)
     P = labels.shape[0] // blocks
     scored = labels != ignore_index
     # what the loss will be given, without memory: the checks read shapes, dtypes and devices
     shadow = hidden.new_zeros((), dtype=torch.float32).expand(labels.shape)
-    chosen, rejected, response = _sides_of(
+    chosen, rejected, response = sides_of(
         shadow, scored, ref_logps, response_labels, blocks, ignore_index
     )
     check_sides(chosen, rejected, response, data, loss)
@@ -183,31 +177,17 @@ def linear_preference_loss(
     requested, backend = backend, resolve_backend(_OP, backend, hidden)
     refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype, "ref_logps": ref_logps})
 
-    if response_labels is not None:
-        # one scoring of the chosen rows serves both sets of labels
-        merged = torch.where(scored[:P], labels[:P], response_labels.to(labels.dtype))
-        labels = torch.cat([merged, labels[P:]])
-    rows_scored = labels != ignore_index
-    row_counts = rows_scored.sum(1).view(blocks, P)
-    token_counts = scored.sum(1).view(blocks, P)
-    if response_labels is not None:
-        response_count = (response_labels != ignore_index).sum(1)
-        token_counts = torch.cat([token_counts, response_count[None]])
-    # the one host read of the call
-    counts = read_counts(_OP, [row_counts, token_counts], labels, rows_scored, weight.shape[0])
-    pair_rows = list(zip(*(counts[i * P : (i + 1) * P] for i in range(blocks)), strict=True))
-    tokens = counts[blocks * P :]
-    pair_tokens = [tuple(tokens[p::P]) for p in range(P)]
+    batch = count_batch(_OP, labels, response_labels, blocks, ignore_index, weight.shape[0])
     lora_a, lora_b = lora if lora is not None else (None, None)
     tensors = (hidden, weight, bias, lora_a, lora_b)
     needs = needed_grads(tensors)
-    rows, row_labels = rows_of(hidden, labels, rows_scored, sum(map(sum, pair_rows)))
+    rows, row_labels = rows_of(hidden, batch.labels, batch.scored, sum(map(sum, batch.pair_rows)))
     is_margin = loss.divergence == "reverse_kl" and all(row.of_margin for row in losses)
     if P == 0:
         # nothing to group
         strategy = "auto"
     plan = plan_linear_preference_loss(
-        pair_rows=pair_rows,
+        pair_rows=batch.pair_rows,
         hidden_size=weight.shape[1],
         vocab_size=weight.shape[0],
         dtype=compute_dtype,
@@ -230,7 +210,7 @@ def linear_preference_loss(
         logps = linear_logprob(
             hidden,
             weight,
-            labels,
+            batch.labels,
             bias=bias,
             lora=lora,
             temperature=temperature,
@@ -242,7 +222,7 @@ def linear_preference_loss(
             strategy=plan.strategy,
             backend=backend,
         ).logps
-        chosen, rejected, response = _sides_of(
+        chosen, rejected, response = sides_of(
             logps, scored, ref_logps, response_labels, blocks, ignore_index
         )
         out = preference_loss(
@@ -270,9 +250,9 @@ def linear_preference_loss(
             out.losses.sum() / max(P, 1), out.losses.detach(), *out[1:]
         )
 
-    groups = tuple(pair_groups(pair_rows, plan.group_rows))
+    groups = tuple(pair_groups(batch.pair_rows, plan.group_rows))
     most_pairs = max(group.stop - group.first for group in groups)
-    in_one_program = loss.is_batch and most_pairs > MAX_BATCH_PAIRS
+    is_too_wide = loss.is_batch and most_pairs > MAX_BATCH_PAIRS
     pairwise = PairwiseCall(
         call=Call(
             backend=backend,
@@ -286,12 +266,12 @@ def linear_preference_loss(
             logit_scale=logit_scale,
             softcap=softcap,
         ),
-        loss=dataclasses.replace(loss, backend="torch" if in_one_program else backend),
+        loss=dataclasses.replace(loss, backend="torch" if is_too_wide else backend),
         groups=groups,
         group_rows=plan.group_rows,
         is_margin=is_margin,
-        pair_rows=pair_rows,
-        pair_tokens=pair_tokens,
+        pair_rows=batch.pair_rows,
+        pair_tokens=batch.pair_tokens,
     )
     has_tokens = ref_logps is not None and ref_logps.dim() == 2
     masks = None, None
@@ -300,8 +280,8 @@ def linear_preference_loss(
         wanted = torch.cat([response_labels != ignore_index, none])
         masks = rows.take_all(scored), rows.take_all(wanted)
     pair_tensors = PairTensors(
-        row_counts=row_counts,
-        token_counts=token_counts,
+        row_counts=batch.row_counts,
+        token_counts=batch.token_counts,
         ref_sums=None if ref_logps is None or has_tokens else ref_logps.view(blocks, P),
         ref_rows=rows.take_all(ref_logps) if has_tokens else None,
         chosen_mask=masks[0],
@@ -365,63 +345,3 @@ class _LinearPreferenceLossFunction(torch.autograd.Function):
             for name in need
         }
         return (*(grads.get(name) for name in GRAD_INPUTS), None, None, None, None)
-
-
-def _check_batch(
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    ref_logps: torch.Tensor | None,
-    response_labels: torch.Tensor | None,
-    loss: PairCall,
-) -> int:
-    """Refuse a batch that is not chosen, rejected and third responses; return how many of these."""
-    if hidden.dim() != 3:
-        fail(_OP, "hidden", "have shape [B, T, H]", tuple(hidden.shape))
-    readers = [row for row in loss.losses if "response" in row.inputs]
-    blocks = 3 if readers and response_labels is None else 2
-    B, T = labels.shape
-    if B % blocks:
-        if blocks == 2:
-            fail(_OP, "hidden", "hold chosen and rejected rows, an even batch", f"B={B}")
-        reason = f"for loss_type={readers[0].name!r}"
-        fail(_OP, "hidden", f"hold chosen, rejected and third rows {reason}", f"B={B}")
-    named = {"hidden": hidden}
-    if ref_logps is not None:
-        check_tensor(_OP, "ref_logps", ref_logps)
-        check_dtype(_OP, "ref_logps", ref_logps, (*FLOAT_DTYPES, torch.float64))
-        if tuple(ref_logps.shape) not in ((B,), (B, T)):
-            fail(_OP, "ref_logps", f"have shape ({B},) or {(B, T)}", tuple(ref_logps.shape))
-        named["ref_logps"] = ref_logps
-    if response_labels is not None:
-        check_tensor(_OP, "response_labels", response_labels)
-        check_dtype(_OP, "response_labels", response_labels, (torch.int64, torch.int32))
-        shape = (B // 2, T)
-        check_shape(_OP, "response_labels", response_labels, shape, f"[P, T] {shape}")
-        for row in readers:
-            if row.mean_over != (2,):
-                requirement = f"be None for loss_type={row.name!r}"
-                way_out = "Its third response is a block of the batch."
-                fail(_OP, "response_labels", requirement, "a tensor", way_out=way_out)
-        named["response_labels"] = response_labels
-    check_same_device(_OP, named)
-    return blocks
-
-
-def _sides_of(
-    logps: torch.Tensor,
-    scored: torch.Tensor,
-    ref_logps: torch.Tensor | None,
-    response_labels: torch.Tensor | None,
-    blocks: int,
-    ignore_index: int,
-) -> list[Side]:
-    """Return chosen, rejected and third responses of ``[B, T]`` log-probs."""
-    P = logps.shape[0] // blocks
-    parts = [slice(i * P, (i + 1) * P) for i in range(blocks)]
-    sides = [
-        Side(logps[part], None if ref_logps is None else ref_logps[part], scored[part])
-        for part in parts
-    ]
-    if response_labels is not None:
-        sides.append(Side(logps[parts[0]], mask=response_labels != ignore_index))
-    return [*sides, Side(None)][:3]

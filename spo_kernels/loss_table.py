@@ -255,7 +255,7 @@ LOSS_TYPES = (
         parameters=("beta",),
         inputs=("lengths",),
         divergence=True,
-        peers=_TRL,
+        peers=_BOTH,
     ),
     LossType(
         name="cpo",
@@ -421,7 +421,7 @@ LOSS_TYPES = (
         inputs=("response", "response_lengths"),
         mean_over=(2,),
         divergence=True,
-        peers=_TRL,
+        peers=_BOTH,
     ),
 )
 

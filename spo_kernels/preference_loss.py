@@ -17,7 +17,6 @@ from spo_kernels._pairs import PairCall, PairData, Scored, Side
 from spo_kernels.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS, formula_lines
 
 _OP = "preference_loss"
-_SIDES = 3
 
 
 class PreferenceLossOutput(NamedTuple):
@@ -181,24 +180,43 @@ def preference_loss(
     )
     check_sides(chosen, rejected, response, data, call)
     call = dataclasses.replace(call, backend=_resolve_backend(backend, chosen, call))
-    sides = {"chosen": chosen, "rejected": rejected, "response": response}
-    floats = {f"{which}_logps": side.logps for which, side in sides.items()}
-    floats |= {f"ref_{which}_logps": side.ref for which, side in sides.items()}
+    floats = {
+        "chosen_logps": chosen_logps,
+        "rejected_logps": rejected_logps,
+        "response_logps": response_logps,
+        "ref_chosen_logps": ref_chosen_logps,
+        "ref_rejected_logps": ref_rejected_logps,
+        "ref_response_logps": ref_response_logps,
+    }
     refuse_fp64_on_triton(_OP, call.backend, floats)
-    if not (call.needs_lengths or chosen_log_sum_sq_probs is not None):
+    has_lengths = chosen_lengths is not None or rejected_lengths is not None
+    if has_lengths and not (call.needs_lengths or chosen_log_sum_sq_probs is not None):
         chosen, rejected = chosen._replace(lengths=None), rejected._replace(lengths=None)
     return PreferenceLossOutput(
-        *_PreferenceLossFunction.apply(call, *chosen, *rejected, *response, *data)
+        *_PreferenceLossFunction.apply(
+            chosen_logps, rejected_logps, response_logps, chosen, rejected, response, data, call
+        )
     )
 
 
 class _PreferenceLossFunction(torch.autograd.Function):
+    # what has a gradient stands alone, and once more in its side
     @staticmethod
-    def forward(ctx: Any, call: PairCall, *tensors: torch.Tensor | None):
+    def forward(
+        ctx: Any,
+        chosen_logps: torch.Tensor,
+        rejected_logps: torch.Tensor,
+        response_logps: torch.Tensor | None,
+        chosen: Side,
+        rejected: Side,
+        response: Side,
+        data: PairData,
+        call: PairCall,
+    ):
         ctx.set_materialize_grads(False)
-        sides, data = _unpack(tensors)
+        sides = (chosen, rejected, None if response_logps is None else response)
         scored = loss_backend_of(call.backend).preference_loss_fwd(*sides, data, call)
-        outputs = (scored.losses, *scored.rewards.unbind(), *scored.sums.unbind())
+        outputs = (scored.losses, *scored.rewards, *scored.sums)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.call, ctx.forms = call, tuple(None if side is None else side.form for side in sides)
         ctx.save_for_backward(*scored[_KEPT:])
@@ -207,30 +225,18 @@ class _PreferenceLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_losses: torch.Tensor | None, *_: None):
         refuse_double_backward(_OP)
-        grads = [None] * (1 + _SIDES * len(Side._fields) + len(PairData._fields))
+        others = (None,) * 5
         if grad_losses is None:
-            return tuple(grads)
-        # a response's log-probs are the first field of its side
-        places = [1 + i * len(Side._fields) for i in range(_SIDES)]
+            return (None, None, None, *others)
         scored = Scored(*(None,) * _KEPT, *ctx.saved_tensors)
-        needs = tuple(ctx.needs_input_grad[place] for place in places)
-        found = loss_backend_of(ctx.call.backend).preference_loss_bwd(
-            grad_losses, scored, ctx.forms, ctx.call, needs
+        grads = loss_backend_of(ctx.call.backend).preference_loss_bwd(
+            grad_losses, scored, ctx.forms, ctx.call, ctx.needs_input_grad[:3]
         )
-        for place, grad in zip(places, found, strict=True):
-            grads[place] = grad
-        return tuple(grads)
+        return (*grads, *others)
 
 
 # where the fields start that a backward needs
 _KEPT = Scored._fields.index("grads")
-
-
-def _unpack(tensors: tuple) -> tuple[tuple[Side, Side, Side | None], PairData]:
-    width = len(Side._fields)
-    sides = [Side(*tensors[i * width : (i + 1) * width]) for i in range(_SIDES)]
-    response = None if sides[2].logps is None else sides[2]
-    return (sides[0], sides[1], response), PairData(*tensors[_SIDES * width :])
 
 
 def loss_backend_of(name: str):
@@ -246,14 +252,13 @@ def loss_backend_of(name: str):
 
 def _resolve_backend(backend: str, chosen: Side, call: PairCall) -> str:
     resolved = resolve_backend(_OP, backend, chosen.logps)
-    P = chosen.form.pairs
-    if resolved == "triton" and call.is_batch and P > MAX_BATCH_PAIRS:
+    if resolved == "triton" and call.is_batch and chosen.form.pairs > MAX_BATCH_PAIRS:
         if backend == "auto":
             return "torch"
         name = next(loss.name for loss in call.losses if loss.batch)
         raise NotImplementedError(
             f"{_OP}: backend='triton' takes up to {MAX_BATCH_PAIRS} pairs for "
-            f"loss_type={name!r}, got {P}. Use backend='torch' or "
+            f"loss_type={name!r}, got {chosen.form.pairs}. Use backend='torch' or "
             "backend='auto'."
         )
     return resolved

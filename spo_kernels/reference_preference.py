@@ -94,7 +94,8 @@ def _cell(p, o):
 
 
 def _padll(p, o):
-    return torch.where(p.m < 0, 0.45, 0.9) * -F.logsigmoid(p.m)
+    loss = -0.9 * F.logsigmoid(p.m)
+    return torch.where(p.m < 0, loss / 2, loss)
 
 
 def _pfl(p, o):
@@ -246,6 +247,11 @@ def _segments(values, offsets):
     return [flat[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
+def _widened(values, like):
+    """The oracle's inputs beside the log-probs: nothing of it is computed in fp32."""
+    return None if values is None else values.to(torch.promote_types(values.dtype, like.dtype))
+
+
 def _side(logps, ref, mask, offsets, lengths, log_sum_sq):
     """Token rows, masks and lengths of one response of every pair; sums are rows of one token."""
     if logps.dim() == 1:
@@ -257,6 +263,7 @@ def _side(logps, ref, mask, offsets, lengths, log_sum_sq):
         lengths = torch.tensor([int(row.sum()) for row in masks], device=logps.device)
 
     def tokens(values):
+        values = _widened(values, logps)
         # sums stay sums
         return values if values is None or values.dim() == 1 else _segments(values, offsets)
 
@@ -321,6 +328,8 @@ def preference_loss_reference(
 ) -> dict[str, torch.Tensor]:
     """Return every output of ``preference_loss`` by name, in the log-probs' dtype."""
     options = SimpleNamespace(**locals())
+    reward_chosen = _widened(reward_chosen, chosen_logps)
+    reward_rejected = _widened(reward_rejected, chosen_logps)
     pair = SimpleNamespace(reward_c=reward_chosen, reward_r=reward_rejected)
     sides = {
         "c": _side(
@@ -351,13 +360,16 @@ def preference_loss_reference(
         )
     shared = None
     if ld_alpha is not None:
+        # of two Python numbers torch.where would make fp32
+        wide = torch.promote_types(chosen_logps.dtype, torch.float32)
+        tail = torch.tensor(ld_alpha, dtype=wide, device=chosen_logps.device)
         counts = [[int(mask.sum()) for mask in sides[key].masks] for key in "cr"]
         shared = [min(pair_counts) for pair_counts in zip(*counts, strict=True)]
     for key, side in sides.items():
         weights = None
         if shared is not None and key != "x":
             weights = [
-                torch.where(mask.cumsum(0) > limit, ld_alpha, 1.0)
+                torch.where(mask.cumsum(0) > limit, tail, 1.0)
                 for mask, limit in zip(side.masks, shared, strict=True)
             ]
         plain = _total(side.rows, side.masks, chosen_logps)

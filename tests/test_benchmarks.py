@@ -9,7 +9,19 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, bars, gpu, losses, memory, providers, report, results, workloads
+from benchmarks import (
+    accuracy,
+    bars,
+    bench_linear_preference_loss,
+    bench_preference_loss,
+    gpu,
+    losses,
+    memory,
+    providers,
+    report,
+    results,
+    workloads,
+)
 
 _ROOT = results.ROOT
 _RUNNABLE = [name for name in providers.NAMES if not providers.why_not(name, workloads.TINY, "cpu")]
@@ -53,6 +65,10 @@ def test_memory_of_a_fresh_process_counts_the_logits():
     peak = memory.peak_bytes("eager", workload, "cpu", threads=1)
     logits = 4 * workload.rows * workload.vocab
     assert 1.5 * logits < peak < 8 * logits
+    module = bench_linear_preference_loss.__name__
+    workload = dataclasses.replace(workload, trainable=True)
+    peak = memory.process_peak_bytes(module, "eager", workload, threads=1)
+    assert 1.5 * logits < peak < 8 * logits
 
 
 def test_bars():
@@ -79,15 +95,44 @@ def test_bars():
     }
 
 
+def test_bars_of_preference_loss():
+    row = {"kind": "pairs", "shape": "bar", "case": "ipo", "provider": "spo", "ratio": 1.25}
+    on_cpu, on_gpu = ({**row, "device": device} for device in ("cpu", "cuda"))
+    found = [(bar.what, bar.ratio, bar.met) for bar in bars.cpu_bars([on_cpu, on_gpu])]
+    assert found == [("time against eager", 1.25, False)]
+    row = {"kind": "launches", "workload": "w", "provider": "spo", "host_syncs": 1}
+    row |= {"kernels_forward": 1, "kernels_backward": 2, "launch_us": 5.0}
+    found = {bar.what: (bar.ratio, bar.met) for bar in bars.gpu_bars([row])}
+    assert found == {
+        "launches forward": (1, True),
+        "launches backward": (2, False),
+        "host syncs": (1, False),
+        "longest launch against 20 us": (0.25, True),
+    }
+
+
+def test_bars_of_linear_preference_loss():
+    row = {"kind": "linear_pairs", "workload": "w", "pairs": 1, "rows": 32768}
+    rows = [{**row, "provider": "liger", "median_ms": 10.0, "peak_bytes": 100}]
+    rows.append({**row, "provider": "spo", "median_ms": 9.0, "peak_bytes": 30})
+    found = {bar.what: (bar.ratio, bar.met) for bar in bars.gpu_bars(rows)}
+    assert found == {"time against Liger": (0.9, True), "memory against Liger": (0.3, False)}
+
+
 def test_pytest_session_writes_rows(tmp_path):
     path = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_linear_logprob.py", "-q", "--tiny"]
+    files = [
+        f"benchmarks/bench_{op}.py"
+        for op in ("linear_logprob", "preference_loss", "linear_preference_loss")
+    ]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "--tiny"]
     command += ["--benchmark-only", "--results", str(path), "--threads", "1"]
+    chosen = "test_grid and qwen05 and frozen and (eager or spo)"
     command += [
         "-p",
         "no:cacheprovider",
         "-k",
-        "test_grid and qwen05 and frozen and (eager or spo)",
+        f"({chosen}) or test_preference_loss or test_linear",
     ]
     # a worker of a parallel test run must not pass its role on: it would switch benchmarks off
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
@@ -96,8 +141,15 @@ def test_pytest_session_writes_rows(tmp_path):
     )
     assert done.returncode == 0, done.stdout
     document = json.loads(path.read_text())
-    assert {row["provider"] for row in document["rows"]} == {"eager", "spo"}
-    assert {row["pass"] for row in document["rows"]} == {"forward", "forward_backward"}
+    linear = [row for row in document["rows"] if row["kind"] == "linear_pairs"]
+    assert {row["provider"] for row in linear} == set(bench_linear_preference_loss.PROVIDERS)
+    others = [row for row in document["rows"] if row["kind"] != "linear_pairs"]
+    assert {row["provider"] for row in others} == {"eager", "spo"}
+    grid = [row for row in document["rows"] if row["kind"] == "grid"]
+    assert {row["pass"] for row in grid} == {"forward", "forward_backward"}
+    pairs = [row for row in document["rows"] if row["kind"] == "pairs"]
+    assert {row["case"] for row in pairs} == set(bench_preference_loss.CASES)
+    assert all("ratio" in row for row in pairs if row["provider"] == "spo")
     assert all(row["median_ms"] > 0 and row["command"] for row in document["rows"])
     assert document["machine"]["device"] and str(_ROOT) not in path.read_text()
 
@@ -108,7 +160,9 @@ def gpu_results(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "toy-gpu.json"
     run = gpu.Run("cpu", tiny=True, long=False)
     for name, stage in gpu.stages_of(run):
-        if name.startswith(("time", "launches", "degree", "accuracy-bf16")):
+        if name.startswith(
+            ("time", "launches", "preference", "linear-pairs", "degree", "accuracy-bf16")
+        ):
             rows = [{"command": run.command, **row} for row in stage()]
             results.merge(path, rows, device="cpu", threads=1, stage=name)
     return path
@@ -116,7 +170,8 @@ def gpu_results(tmp_path_factory):
 
 def test_gpu_stages(gpu_results, capsys, monkeypatch):
     document = results.load(gpu_results)
-    assert {row["kind"] for row in document["rows"]} == {"time", "launches", "degree", "accuracy"}
+    kinds = {"time", "launches", "pairs", "linear_pairs", "degree", "accuracy"}
+    assert {row["kind"] for row in document["rows"]} == kinds
     # a restart runs what is missing and nothing else
     monkeypatch.setattr(gpu, "stages_of", lambda run: [("degree", None), ("new", lambda: [])])
     assert gpu.main(["--tiny", "--results", str(gpu_results)]) == 0

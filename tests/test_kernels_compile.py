@@ -10,14 +10,14 @@ if triton_interpreter_on():
 
 from spo_kernels.kernels import aot
 from spo_kernels.kernels.tiles import TILES
+from spo_kernels.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS
 
-# everything at once (softcap, bias, LoRA, all statistics; every loss type and input in one kernel)
-# may spill this much, nothing else at all
+# everything at once (softcap, bias, LoRA, all statistics) may spill this much, nothing else at all
 EVERYTHING_STACK_BYTES = 64
 
 
 def check(row: aot.AotRow) -> None:
-    ceiling = EVERYTHING_STACK_BYTES if row.tile.endswith(("everything", "every")) else 0
+    ceiling = EVERYTHING_STACK_BYTES if row.tile.endswith("everything") else 0
     assert row.stack_bytes <= ceiling, row
     assert row.spill_bytes == 0, row
     assert row.shared_bytes <= row.shared_limit_bytes, row
@@ -30,18 +30,34 @@ def check(row: aot.AotRow) -> None:
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_small_kernels(arch):
-    """The kernels without a tile row: rows, kept exponentials, every loss type, degree loss."""
-    for name in (
-        "reduce",
-        "rescale",
-        "direction",
-        "exps",
-        "preference_loss",
-        "degree_loss",
-        "bradley",
+    """The kernels without a tile row: rows, kept exponentials, all loss types, degree loss."""
+    for name, variant in (
+        ("reduce", ""),
+        ("rescale", ""),
+        ("direction", ""),
+        ("exps", ""),
+        ("_preference_loss_", " no extras"),
+        ("_preference_loss_", " own"),
+        ("_preference_loss_", " every"),
+        ("unpaired", ""),
+        ("listwise", ""),
+        ("degree_loss", ""),
+        ("bradley", ""),
     ):
-        rows = aot.report(archs=(arch,), kernels=name)
+        rows = aot.report(archs=(arch,), kernels=name, variant=variant)
         assert rows, name
+        for row in rows:
+            check(row)
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_preference_loss_types(arch):
+    """Each type of ``preference_loss`` alone; a third of them an arch, all in the soak test."""
+    for loss in LOSS_TYPES[aot.ARCHS.index(arch) :: len(aot.ARCHS)]:
+        rows = aot.report(archs=(arch,), kernels="_preference_loss_", variant=f" {loss.name}")
+        shapes = {row.tile.removeprefix("fp32 ") for row in rows}
+        for pairs in (16, MAX_BATCH_PAIRS) if loss.batch else (16,):
+            assert {f"{pairs} pairs, {form} {loss.name}" for form in ("sums", "tokens")} <= shapes
         for row in rows:
             check(row)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from range_cases import ends_of
 
 from spo_kernels import linear_logprob
 
@@ -43,7 +44,11 @@ from spo_kernels import linear_logprob
             ValueError,
             r"lora a_out must have shape \(4, 3\), got \(4, 2\)",
         ),
-        ({"temperature": 0.0}, ValueError, "temperature must be a finite float > 0, got 0.0"),
+        *(
+            ({name: value}, ValueError, f"{name} must be a finite float > 0, got {value}$")
+            for name in ("temperature", "logit_scale", "softcap")
+            for value in ends_of("(0, inf)")[0]
+        ),
         ({"softcap": torch.ones(())}, TypeError, "softcap must be a Python float > 0, got Tensor"),
         ({"outputs": ("probs",)}, ValueError, "outputs must be one of 'entropy', .*got 'probs'"),
         ({"outputs": "logps"}, TypeError, "outputs must be a non-empty tuple of names"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from preference_cases import BLOCK_P, MIXES, OPTIONS, leaves_of, make_case, rows_of
+from range_cases import ends_of
 from torch.utils.checkpoint import checkpoint
 
 import spo_kernels
@@ -20,6 +21,22 @@ from spo_kernels.reference_preference import preference_loss_reference
 
 TYPES = [(name,) for name in LOSS_TYPE_NAMES]
 ALL = MIXES[-2]
+# by hand: read from the table they would agree with whatever it says
+RANGES = {
+    "beta": "(0, inf)",
+    "label_smoothing": "[0, 0.5)",
+    "discopop_tau": "(0, inf)",
+    "simpo_gamma": "[0, inf)",
+    "alphapo_alpha": "(-inf, inf)",
+    "ada_rho": "(0, inf)",
+    "ada_tau_min": "(0, inf)",
+    "ada_tau_max": "(0, inf]",
+    "clip_chosen": "(0, inf)",
+    "clip_rejected": "(0, inf)",
+    "rwr_temperature": "(0, inf)",
+    "rwr_max_weight": "(0, inf]",
+    "min_reward_margin": "[0, inf)",
+}
 
 
 def losses_of(backend, chosen, rejected, names, *, ref=None, lengths=3, dtype=None, **settings):
@@ -384,9 +401,7 @@ def test_errors(backend):
         two,
         loss_weights=[1.0, 2.0],
     )
-    refuse(ValueError, "loss_weights must be finite, got nan", two, two, loss_weights=[math.nan])
     refuse(ValueError, "beta must be a finite float > 0, got 0", two, two, beta=0)
-    refuse(ValueError, "beta must be a finite float > 0, got inf", two, two, beta=math.inf)
     refuse(TypeError, "beta must be a Python float, got Tensor", two, two, beta=two[0])
     refuse(TypeError, "rejected_logps must be a tensor, got list", two, [0.0, 0.0])
     refuse(
@@ -436,20 +451,33 @@ def test_errors_of_options(backend):
             preference_loss(*args, backend=name, **kwargs)
         assert str(raised.value) == f"preference_loss: {text}"
 
+    assert list(RANGES) == [parameter.name for parameter in PARAMETERS]
     for parameter in PARAMETERS:
-        for value in (parameter.low - 1e-6, parameter.high + 1e-6, math.nan):
-            if math.isinf(value):
-                continue
+        refused, taken = ends_of(RANGES[parameter.name])
+        for value in refused:
             text = f"{parameter.name} must {parameter.requirement}, got {value}"
             refuse(ValueError, text, two, two, **{parameter.name: value})
+        for value in taken:
+            out = preference_loss(two, two, **{parameter.name: value}, backend=name)
+            assert out.losses.isfinite().all()
         text = f"{parameter.name} must be a Python float, got bool"
         refuse(TypeError, text, two, two, **{parameter.name: True})
     text = "label_smoothing must be > 0 for loss_type='exo_pair', got 0.0"
     refuse(ValueError, text, two, two, loss_type="exo_pair")
     text = "ada_tau_max must be at least ada_tau_min=2, got 1.0"
     refuse(ValueError, text, two, two, ada_tau_min=2.0, ada_tau_max=1.0)
-    text = "ld_alpha must be between 0 and 1, [0, 1], got 1.5"
-    refuse(ValueError, text, tokens, tokens, ld_alpha=1.5)
+    refused, taken = ends_of("[0, 1]")
+    for value in refused:
+        text = f"ld_alpha must be between 0 and 1, [0, 1], got {value}"
+        refuse(ValueError, text, tokens, tokens, ld_alpha=value)
+    for value in taken:
+        out = preference_loss(tokens, tokens, ld_alpha=value, backend=name)
+        assert out.losses.isfinite().all()
+    for value in (math.nan, math.inf, -math.inf):
+        text = f"f_alpha_divergence_coef must be finite, got {value}"
+        refuse(ValueError, text, two, two, f_alpha_divergence_coef=value)
+        text = f"loss_weights must be finite, got {value}"
+        refuse(ValueError, text, two, two, loss_weights=[value])
     text = "chosen_logps must hold token log-probs [P, T] with ld_alpha, got (2,)"
     refuse(ValueError, text, two, two, ld_alpha=0.5)
     able = sorted(row.name for row in LOSS_TYPES if row.divergence)

@@ -12,7 +12,7 @@ from trl.trainer import dpo_trainer
 from trl.trainer import utils as trl_utils
 
 from spo_kernels import linear_logprob
-from spo_kernels.integrations import whole_head
+from spo_kernels.integrations import lm_head
 from spo_kernels.integrations.degree_head import DegreeHead
 from spo_kernels.integrations.fused_head import (
     FusedHeadSettings,
@@ -166,13 +166,13 @@ def test_zero3_gathers_once_each_way(monkeypatch):
         yield
         weight.data = torch.empty(0)
 
-    monkeypatch.setattr(whole_head, "maybe_gather_lm_head_ctx", gathered)
-    monkeypatch.setattr(whole_head, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(lm_head, "gathered", gathered)
+    monkeypatch.setattr(lm_head, "is_deepspeed_zero3_enabled", lambda: True)
     for rows in (5, 1, 0):
         gathers.clear()
         hidden = torch.randn(6, 32, requires_grad=True)
         labels = torch.arange(6).masked_fill(torch.arange(6) >= rows, -100)
-        with whole_head.whole_head(weight, None) as (full, bias):
+        with lm_head.whole_head(weight, None) as (full, bias):
             logps = linear_logprob(hidden, full, labels, strategy="recompute").logps
         assert bias is None and weight.numel() == 0
         logps.sum().backward()

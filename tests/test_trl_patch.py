@@ -455,7 +455,7 @@ def test_several_adapters_and_their_dtype():
     ("config", "found"),
     [
         (LoraConfig(target_modules=["lm_head"], use_dora=True), "DoraLinearVariant"),
-        (LoraConfig(target_modules=["lm_head"], lora_bias=True), "lora_bias=True"),
+        (LoraConfig(target_modules=["lm_head"], lora_bias=True), "LoRA with lora_bias"),
     ],
 )
 def test_adapters_that_cannot_be(config, found):
@@ -466,7 +466,7 @@ def test_adapters_that_cannot_be(config, found):
     model = get_peft_model(model, config)
     with pytest.raises(
         NotImplementedError,
-        match=f"fused LM head: the adapter on lm_head must be plain LoRA .* got {found}",
+        match=f"fused_lm_head: the LM head's adapter must be plain LoRA, got {found}",
     ):
         model(**make_batch(), fused_lm_head=True)
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import assert_within_budget
+from range_cases import ends_of
 from torch.utils.checkpoint import checkpoint
 
 from spo_kernels.loss_table import UNPAIRED_LOSS_TYPES, UNPAIRED_PARAMETERS
@@ -21,6 +22,7 @@ from spo_kernels.unpaired_preference_loss import (
 # sums a program owns, and tokens it reads at a time
 BLOCK_S, BLOCK_T = 128, 1024
 NAMES = tuple(row.name for row in UNPAIRED_LOSS_TYPES)
+RANGES = {"beta": "(0, inf)", "desirable_weight": "[0, inf)", "undesirable_weight": "[0, inf)"}
 # every type with every source of its baseline
 CASES = [
     ("kto", ("kl_logps", "ref_kl_logps")),
@@ -520,15 +522,17 @@ def test_errors(backend):
         loss_type="dpo",
     )
     refuse(ValueError, "beta must be a finite float > 0, got 0", two, None, good, beta=0, **apo)
-    refuse(
-        ValueError,
-        "desirable_weight must be a finite float >= 0, got -1",
-        two,
-        None,
-        good,
-        desirable_weight=-1,
-        **apo,
-    )
+    assert list(RANGES) == [parameter.name for parameter in UNPAIRED_PARAMETERS]
+    for parameter in UNPAIRED_PARAMETERS:
+        refused, taken = ends_of(RANGES[parameter.name])
+        for value in refused:
+            text = f"{parameter.name} must {parameter.requirement}, got {value}"
+            refuse(ValueError, text, two, None, good, **{parameter.name: value}, **apo)
+        for value in taken:
+            settings = {parameter.name: value, "backend": name, **apo}
+            assert unpaired_preference_loss(two, None, good, **settings).losses.isfinite().all()
+        text = f"{parameter.name} must be a Python float, got bool"
+        refuse(TypeError, text, two, None, good, **{parameter.name: True}, **apo)
     refuse(
         TypeError,
         "logps must have dtype bfloat16, float16, float32, float64, got int64",
@@ -678,6 +682,8 @@ def test_agrees_with_liger(backend):
 
 
 def test_public_fields():
-    """The output names what it returns."""
+    """The output names what it returns, and a row the peers it is compared with above."""
+    peers = {row.name: row.peers for row in UNPAIRED_LOSS_TYPES}
+    assert peers == {"kto": ("TRL", "Liger"), "apo_zero_unpaired": ("TRL",), "bco": ()}
     fields = ("losses", "rewards", "logps", "kl", "reward_shift")
     assert UnpairedPreferenceLossOutput._fields == fields

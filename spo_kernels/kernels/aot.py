@@ -32,7 +32,7 @@ from spo_kernels.kernels import (
     unpaired_preference_loss,
     unpaired_preference_loss_bwd,
 )
-from spo_kernels.kernels.pair_tokens import SidePointers, blocks
+from spo_kernels.kernels.pair_tokens import MAX_REGISTERS, SidePointers, blocks
 from spo_kernels.kernels.tiles import TILES, Tile
 from spo_kernels.loss_table import (
     LISTWISE_LOSS_TYPES,
@@ -158,6 +158,7 @@ class _Case:
     num_stages: int
     shared_limit_bytes: int
     fp_fusion: bool = True
+    max_registers: int | None = None
     unaligned: bool = False
 
 
@@ -277,29 +278,34 @@ def _small_kernels() -> Iterator[tuple[Any, str, dict[str, Any], int]]:
 
 
 def _preference_cases(arch: str) -> Iterator[_Case]:
-    """Yield launches of ``preference_loss`` in which every loss type and every input takes part."""
-    own = tuple(loss.id for loss in LOSS_TYPES if not loss.batch)
-    every = tuple(loss.id for loss in LOSS_TYPES)
+    """Yield launches of ``preference_loss``: all loss types at once, and each alone.
+
+    Every input takes part, but for "no extras".
+    """
     fwd = preference_loss._preference_loss_fwd_kernel
     bwd = preference_loss_bwd._preference_loss_bwd_kernel
-    for name, losses, pairs in (
-        ("sigmoid", own[:1], 16),
-        ("own", own, 16),
-        ("every", every, 16),
-        ("every", every, MAX_BATCH_PAIRS),
-    ):
+    own = tuple(row for row in LOSS_TYPES if not row.batch)
+    mixes = [("no extras", own[:1], 16), ("own", own, 16)]
+    mixes += [("every", LOSS_TYPES, pairs) for pairs in (16, MAX_BATCH_PAIRS)]
+    for row in LOSS_TYPES:
+        mixes += [(row.name, (row,), pairs) for pairs in (16, MAX_BATCH_PAIRS)[: 1 + row.batch]]
+    for name, rows, pairs in mixes:
+        # the backward of a type that couples no pairs is that of "own"
+        is_coupled = any(row.sorts or row.has_statistic for row in rows)
+        kernels = (fwd, bwd) if is_coupled or len(rows) > 1 or name == "no extras" else (fwd,)
         for has_tokens in (False, True):
-            for kernel in (fwd, bwd):
-                is_batch = kernel is fwd and name == "every"
+            for kernel in kernels:
+                is_batch = kernel is fwd and any(row.batch for row in rows)
                 block_p, block_t, num_warps = blocks(pairs, has_tokens, is_batch)
-                constexprs = {"LOSSES": losses, "BLOCK_P": block_p, "BLOCK_T": block_t}
+                constexprs = {"BLOCK_P": block_p, "BLOCK_T": block_t}
+                constexprs["LOSSES"] = tuple(row.id for row in rows)
                 if kernel is fwd:
-                    constexprs |= {"DIVERGENCE": 1, "HAS_RESPONSE": name != "sigmoid"}
+                    constexprs |= {"DIVERGENCE": 1, "HAS_RESPONSE": name != "no extras"}
                 if not has_tokens:
                     constexprs["tails_ptr"] = None
                 if not (has_tokens and is_batch):
                     constexprs["scratch_ptr"] = None
-                if name == "sigmoid":
+                if name == "no extras":
                     absent = ("response", "pair_weights_ptr", "grad_response_ptr")
                     constexprs |= dict.fromkeys(absent)
                 constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
@@ -320,6 +326,7 @@ def _preference_cases(arch: str) -> Iterator[_Case]:
                     shared_limit_bytes=SHARED_LIMIT_BYTES[arch],
                     # softplus needs its compensated sums as written
                     fp_fusion=False,
+                    max_registers=MAX_REGISTERS if kernel is fwd else None,
                 )
 
 
@@ -436,6 +443,7 @@ def _compile(case: _Case) -> AotRow:
             "num_warps": case.num_warps,
             "num_stages": case.num_stages,
             "enable_fp_fusion": case.fp_fusion,
+            "maxnreg": case.max_registers,
         },
     )
     usage = _resource_usage(compiled.asm["cubin"])

@@ -19,6 +19,9 @@ TOKENS_BLOCK_T = 512
 # a batch type's program owns all pairs, on a tile of this many tokens
 BATCH_TILE = 1024
 NUM_WARPS = 4
+# all a thread may have: left alone, ptxas spills a few to raise an occupancy that programs this few
+# and this short have no use for
+MAX_REGISTERS = 255
 # what a batch type's program passes on of each response
 SCRATCH_ROWS = tl.constexpr(6)
 

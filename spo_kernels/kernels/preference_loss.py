@@ -18,6 +18,7 @@ import triton.language as tl
 from spo_kernels._pairs import GRAD_ROWS, PairCall, PairData, Scored, Side
 from spo_kernels.kernels.device import device_guard
 from spo_kernels.kernels.pair_tokens import (
+    MAX_REGISTERS,
     SCRATCH_ROWS,
     blocks,
     bounds,
@@ -275,6 +276,7 @@ def preference_loss_fwd(
             BLOCK_P=block_p,
             BLOCK_T=block_t,
             num_warps=num_warps,
+            maxnreg=MAX_REGISTERS,
             enable_fp_fusion=False,
         )
     return scored

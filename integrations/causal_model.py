@@ -1,0 +1,101 @@
+"""Which models ``fuse_lm_head`` can take, and how they balance their experts.
+
+A model is taken apart by its structure and by the names its forward uses, not by a list of
+architectures: a decoder, a head right beside it, transformers' own loss of the logits.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import is_peft_available
+
+from .lm_head import head_layers
+
+# settings under which a family's loss is more than the cross-entropy of its transformed logits
+_BEYOND_CROSS_ENTROPY = ("z_loss_coefficient", "unpadded_vocab_size")
+
+_BALANCE_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+
+
+def causal_model(op: str, model: torch.nn.Module) -> PreTrainedModel:
+    """Return the causal language model in ``model``, refusing what has a loss of another form."""
+    if is_peft_available():
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{op}: model must be a transformers model or a PEFT model of one, got {name}"
+        )
+
+    def refuse(requirement: str, got: str = name) -> None:
+        raise NotImplementedError(f"{op}: model must {requirement}, got {got}")
+
+    if model.config.is_encoder_decoder:
+        refuse("be decoder-only")
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    known = {name for name in names if "ConditionalGeneration" not in name}
+    if not known & {kind.__name__ for kind in type(model).__mro__}:
+        refuse("be a text-only causal language model of transformers")
+    # BART's relatives do not shift their labels, ProphetNet predicts several tokens, ...
+    if "loss_function" not in names_in_forward(model):
+        refuse("take its loss from loss_function", f"a loss of its own in {name}")
+    if model.loss_function is not ForCausalLMLoss:
+        loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
+        refuse("have ForCausalLMLoss as its loss_function", loss)
+    for setting in _BEYOND_CROSS_ENTROPY:
+        if value := getattr(model.config.get_text_config(), setting, None):
+            refuse(f"leave config.{setting} unset", value)
+    balance = _balance_function(model)
+    if balance is not None and list(inspect.signature(balance).parameters) != _BALANCE_ARGUMENTS:
+        refuse("balance its experts by their logits alone")
+    head = model.get_output_embeddings()
+    if head is None:
+        refuse("have an LM head")
+    # such as the dense layers between BERT's relatives and their vocabulary
+    if len(parts_beside_head(model)) != 1 or len(list(model.children())) != 2:
+        parts = ", ".join(name for name, _ in model.named_children())
+        refuse("consist of a decoder and an LM head only", f"{name} of {parts}")
+    head_layers(op, head)
+    return model
+
+
+def router_loss(
+    model: PreTrainedModel,
+    router_logits: tuple[torch.Tensor, ...],
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Return the balancing loss that this family computes, None for one that has none."""
+    balance = _balance_function(model)
+    # DeepSeek-V3's relatives balance their experts with a bias instead
+    if balance is None:
+        return None
+    return balance(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+
+
+def _balance_function(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
+    """Return the function that this family's forward calls, each has a version of its own."""
+    if "load_balancing_loss_func" not in names_in_forward(model):
+        return None
+    return inspect.unwrap(type(model).forward).__globals__["load_balancing_loss_func"]
+
+
+def router_coefficient(model: PreTrainedModel) -> float:
+    # JetMoe's name is the shorter one
+    name = "aux_loss_coef" if model.config.model_type == "jetmoe" else "router_aux_loss_coef"
+    return getattr(model, name)
+
+
+def parts_beside_head(model: PreTrainedModel) -> list[torch.nn.Module]:
+    head = model.get_output_embeddings()
+    return [part for part in model.children() if part is not head]
+
+
+def names_in_forward(model: PreTrainedModel) -> tuple[str, ...]:
+    return inspect.unwrap(type(model).forward).__code__.co_names

@@ -1,0 +1,176 @@
+"""What every fused LM head needs of a model: its logit transform, its plain layer, its weight.
+
+Needs transformers only; PEFT and DeepSpeed are imported where a model already uses them.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor, Partial
+from transformers import PretrainedConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import is_peft_available
+
+# config attribute of each family -> how its value enters the logits
+LOGIT_SCALES: dict[str, Callable[[float], float]] = {
+    "logit_scale": float,
+    "output_multiplier": float,
+    "lm_head_multiplier": float,
+    "logits_scaling": lambda divisor: 1.0 / divisor,
+    "logits_mup_width_multiplier": lambda divisor: 1.0 / divisor,
+}
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def logit_transform(
+    config: PretrainedConfig, applied: Collection[str] | None = None
+) -> dict[str, float | None]:
+    """Return what the architecture does to its logits, as arguments of ``linear_logprob``.
+
+    With ``applied`` only settings of those names count: MPT has a ``logit_scale`` and ignores it.
+    """
+    found = {
+        name: getattr(config, name, None)
+        for name in (*LOGIT_SCALES, *SOFTCAPS)
+        if applied is None or name in applied
+    }
+    scale = next((name for name in LOGIT_SCALES if found.get(name) is not None), None)
+    factor = 1.0 if scale is None else LOGIT_SCALES[scale](found[scale])
+    if scale == "logits_scaling" and config.model_type == "hyperclovax":
+        # this one family multiplies by what the others divide by
+        factor = found[scale]
+    softcaps = (found[name] for name in SOFTCAPS if found.get(name) is not None)
+    return {"logit_scale": float(factor), "softcap": next(softcaps, None)}
+
+
+@dataclass(frozen=True)
+class HeadLayers:
+    """A head as the plain layer it is and the LoRA terms that are added to it now."""
+
+    linear: torch.nn.Linear
+    # dropout, A, B, scaling of each active adapter
+    lora: tuple[tuple[torch.nn.Module, torch.nn.Linear, torch.nn.Linear, float], ...] = ()
+
+    def lora_inputs(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Return ``scaling * A(dropout(hidden))`` of each term, in hidden's dtype."""
+        return [
+            (a(dropout(hidden.to(a.weight.dtype))) * scaling).to(hidden.dtype)
+            for dropout, a, _, scaling in self.lora
+        ]
+
+
+def head_layers(op: str, head: torch.nn.Module) -> HeadLayers:
+    """Take a head apart, refusing what ``hidden @ weight.T + bias + LoRA`` does not describe."""
+    terms: tuple = ()
+    if is_peft_available():
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        if isinstance(head, ModulesToSaveWrapper):
+            adapters = [] if head.disable_adapters else head.active_adapters
+            head = head.modules_to_save[adapters[0]] if adapters else head.original_module
+        elif isinstance(head, BaseTunerLayer):
+            terms = _lora_terms(op, head)
+            head = head.base_layer
+    # FSDP2 gives each module a class of its own that keeps its forward
+    if getattr(type(head), "forward", None) is not torch.nn.Linear.forward:
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        raise NotImplementedError(f"{op}: the LM head must be a plain torch.nn.Linear, got {kind}")
+    for name, tensor in (("weight", head.weight), ("bias", head.bias)):
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) or isinstance(tensor, DTensor)
+        if tensor is not None and not (plain and tensor.is_floating_point()):
+            kind = f"{type(tensor).__name__} of {tensor.dtype}"
+            raise NotImplementedError(
+                f"{op}: the LM head's {name} must be a plain floating-point tensor, got {kind}"
+            )
+    return HeadLayers(head, terms)
+
+
+def _lora_terms(op: str, layer: Any) -> tuple:
+    from peft.tuners.lora import layer as lora_layer
+
+    def refuse(kind: str) -> None:
+        raise NotImplementedError(
+            f"{op}: the LM head's adapter must be plain LoRA, got {kind}. Leave the head out of "
+            "target_modules or train it whole with modules_to_save."
+        )
+
+    if type(layer) is not lora_layer.Linear:
+        refuse(f"{type(layer).__module__}.{type(layer).__name__}")
+    # a merged adapter is in the base weight already
+    if layer.merged or layer.disable_adapters:
+        if layer.merged and layer.disable_adapters:
+            layer.unmerge()
+        return ()
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in names:
+        if name in layer.lora_variant:
+            refuse(f"{type(layer.lora_variant[name]).__name__} ({name!r})")
+        if layer.lora_B[name].bias is not None:
+            refuse(f"LoRA with lora_bias ({name!r})")
+    return tuple(
+        (layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name], layer.scaling[name])
+        for name in names
+    )
+
+
+@contextmanager
+def whole_head(*parameters: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
+    """Give the head's parameters in one piece, however they are sharded.
+
+    They are DTensors (FSDP2), ZeRO-3 parameters or whole already; one collective each way per call.
+    """
+    if any(isinstance(value, DTensor) for value in parameters):
+        yield tuple(None if value is None else _full_tensor(value) for value in parameters)
+        return
+    with gathered(*parameters):
+        if not is_deepspeed_zero3_enabled():
+            yield parameters
+            return
+        held = [value for value in parameters if value is not None]
+        with saved_tensors_hooks(functools.partial(_release, held), _gather_again):
+            yield parameters
+
+
+def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager:
+    """Gather what ZeRO-3 has taken away, and only that."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    # by identity: a tied weight may come twice; one that is whole must not be split on the way out
+    absent = {
+        id(value): value
+        for value in parameters
+        if value is not None and value.ds_status != ZeroParamStatus.AVAILABLE
+    }
+    return deepspeed.zero.GatheredParameters(list(absent.values())) if absent else nullcontext()
+
+
+def _full_tensor(sharded: torch.Tensor) -> torch.Tensor:
+    if not isinstance(sharded, DTensor):
+        return sharded
+    # without placements of its own the gradient would keep every rank's share unreduced
+    placements = [Partial("avg")] * sharded.device_mesh.ndim
+    return sharded.full_tensor(grad_placements=placements)
+
+
+def _release(parameters: list[torch.nn.Parameter], tensor: torch.Tensor) -> torch.Tensor:
+    """Keep for the backward the parameter itself, whose storage ZeRO-3 takes away in between."""
+    for parameter in parameters:
+        if tensor.data_ptr() == parameter.data_ptr() and tensor.shape == parameter.shape:
+            return parameter
+    return tensor
+
+
+def _gather_again(kept: torch.Tensor) -> torch.Tensor:
+    if not hasattr(kept, "ds_status"):
+        return kept
+    with gathered(kept):
+        return kept.detach().clone()
