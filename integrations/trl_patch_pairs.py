@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from .fused_head import FusedHeadSettings
+from .fused_head import FusedHeadSettings, SPOCausalLMOutput
 from .trl_patch import Change
 from .trl_patch_init import fused_head_after_init, has_fused_head
 
@@ -40,7 +40,9 @@ def changes(settings: FusedHeadSettings) -> list[Change]:
     ]
 
 
-def _score_pairs(trainer: Any, model: nn.Module, joined: dict[str, torch.Tensor], labels):
+def _score_pairs(
+    trainer: Any, model: nn.Module, joined: dict[str, torch.Tensor], labels: torch.Tensor
+) -> SPOCausalLMOutput:
     """Run chosen and rejected sequences through the fused head, in the model's own forward."""
     router = {"output_router_logits": True} if trainer.aux_loss_enabled else {}
     return model(
@@ -145,7 +147,14 @@ class _BeforeShift:
 class ScoredTokens:
     """Stands for TPO's logits: answers what its loss and metrics ask of them, and nothing else."""
 
-    def __init__(self, labels, log_probs, entropy, mean_logits, is_top1) -> None:
+    def __init__(
+        self,
+        labels: torch.Tensor,
+        log_probs: torch.Tensor,
+        entropy: torch.Tensor,
+        mean_logits: torch.Tensor,
+        is_top1: torch.Tensor,
+    ) -> None:
         self.labels = labels
         self.log_probs = log_probs
         self.entropy = entropy
