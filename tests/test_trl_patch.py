@@ -1,5 +1,6 @@
 """``patch_trl``: every trainer patched against unpatched, and the patch as an object."""
 
+import copy
 import importlib
 import inspect
 import sys
@@ -13,6 +14,7 @@ from test_package import run_python
 from test_trl_fused_head import CONFIGS, OUTPUTS, SETTINGS, make_batch, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 from trl.trainer import utils as trl_utils
 from trl_tiny import Tiny, arguments
 from trl_trainers import (
@@ -93,6 +95,44 @@ def test_dropout_of_the_heads_adapter(name, data, tmp_path, monkeypatch):
     trained = train(expected)
     with patch_trl():
         found = train(build(name, data, tmp_path / "ours", adapter, **settings))
+    compare(found, trained, start)
+
+
+@pytest.mark.parametrize("name", ["dpo", "cpo", "online_dpo"])
+def test_a_head_that_is_trained_whole_beside_an_adapter(name, data, tmp_path):
+    """``modules_to_save`` keeps two heads: the reference pass reads the other one."""
+    adapter = lora("q_proj")
+    adapter.modules_to_save = ["lm_head"]
+    expected = build(name, data, tmp_path / "stock", adapter)
+    start = parameters_of(expected)
+    trained = train(expected)
+    with patch_trl():
+        found = train(build(name, data, tmp_path / "ours", adapter))
+    compare(found, trained, start)
+
+
+@pytest.mark.parametrize("architecture", ["experts", "softcap"])
+@pytest.mark.parametrize("name", ["cpo", "orpo", "tpo", "dpo"])
+def test_other_architectures(name, architecture, data, tmp_path, monkeypatch):
+    """The router's loss is in the loss; a softcap is in the mean logits of every position."""
+    config = copy.deepcopy(CONFIGS[architecture])
+    config.vocab_size = len(data.tokenizer)
+    config.pad_token_id = data.tokenizer.pad_token_id
+    config.eos_token_id = data.tokenizer.eos_token_id
+    config.bos_token_id = None
+
+    def model(*_):
+        torch.manual_seed(4)
+        made = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        made.save_pretrained(tmp_path / "model")
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+    monkeypatch.setattr(data, "model", model)
+    expected = build(name, data, tmp_path / "stock")
+    start = parameters_of(expected)
+    trained = train(expected)
+    with patch_trl():
+        found = train(build(name, data, tmp_path / "ours"))
     compare(found, trained, start)
 
 
