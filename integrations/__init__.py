@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     )
     from spo_kernels.integrations.transformers_trainer import fuse_lm_head
     from spo_kernels.integrations.trl_config import SPOConfig
+    from spo_kernels.integrations.trl_patch import TRLPatch, patch_trl
     from spo_kernels.integrations.trl_trainer import SPOTrainer
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "SPOConfig",
     "SPOTrainer",
     "ScoreMarginFilter",
+    "TRLPatch",
     "fuse_lm_head",
     "mix_on_policy",
+    "patch_trl",
 ]
 
 _MODULE_OF = {
@@ -27,8 +30,10 @@ _MODULE_OF = {
     "SPOConfig": "trl_config",
     "SPOTrainer": "trl_trainer",
     "ScoreMarginFilter": "data_recipes",
+    "TRLPatch": "trl_patch",
     "fuse_lm_head": "transformers_trainer",
     "mix_on_policy": "data_recipes",
+    "patch_trl": "trl_patch",
 }
 
 
@@ -36,7 +41,8 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _MODULE_OF[name]
-    if module.startswith("trl_"):
+    # patch_trl checks by itself, since it may be told to go on
+    if module.startswith("trl_") and module != "trl_patch":
         importlib.import_module(f"{__name__}.trl_version").check_trl()
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 

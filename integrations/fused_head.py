@@ -8,8 +8,8 @@ call is the model's own.
 import functools
 import inspect
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,19 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from spo_kernels import linear_logprob
 
-from .lm_head import logit_transform, whole_head
+from .lm_head import head_layers, logit_transform, whole_head
 from .text_views import pool_views, telescope
 
 DEGREE_HEAD = "spo_degree_head"
 
-# TRL's names of our outputs
-_FIELD_OF = {"log_probs": "logps"}
+# linear_logprob's outputs -> TRL's fields
+_TRL_NAME_OF = {
+    "logps": "log_probs",
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+    "mean_logits": "mean_logits",
+    "is_top1": "is_top1",
+}
 
 
 @dataclass
@@ -36,6 +42,7 @@ class SPOCausalLMOutput(FusedCausalLMOutput):
     The fields are declared because DDP rebuilds outputs from their fields and loses anything else.
     """
 
+    position_mean_logits: torch.Tensor | None = None  # [B, T], prompt and padding included
     degree_losses: torch.Tensor | None = None  # [S]
     degree_correct_views: torch.Tensor | None = None  # [S]
     degree_counted_views: torch.Tensor | None = None  # [S]
@@ -71,12 +78,18 @@ def install_fused_head(
     outputs: tuple[str, ...] = ("log_probs",),
     *,
     settings: FusedHeadSettings,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
 ) -> None:
-    """Let ``model(..., labels=..., fused_lm_head=True)`` score its labels without logits."""
-    fused = FusedForward(model, outputs, settings)
+    """Let ``model(..., labels=..., fused_lm_head=True)`` score its labels without logits.
+
+    ``outputs`` may name, besides TRL's own, ``position_mean_logits``: the mean logit of every
+    position, scored or not.
+    """
+    fused = FusedForward(model, outputs, settings, temperature, cast_lm_head_to_fp32)
 
     def forward(self: PreTrainedModel, *args: Any, **inputs: Any):
-        return fused(*args, **inputs)
+        return fused(self, *args, **inputs)
 
     # what generate() may pass is read off the signature
     forward.__signature__ = inspect.signature(type(model).forward)
@@ -92,16 +105,23 @@ class FusedForward:
     """
 
     def __init__(
-        self, model: PreTrainedModel, outputs: tuple[str, ...], settings: FusedHeadSettings
+        self,
+        model: PreTrainedModel,
+        outputs: tuple[str, ...],
+        settings: FusedHeadSettings,
+        temperature: float,
+        cast_lm_head_to_fp32: bool,
     ) -> None:
-        self.model = model
+        config = model.config.get_text_config()
         self.settings = settings
-        self.plain_forward = model.forward
-        self.outputs = tuple(_FIELD_OF.get(name, name) for name in outputs)
-        self.transform = logit_transform(model.config.get_text_config())
+        self.plain_forward = _unbound(model)
+        self.outputs = {"log_probs", *outputs}
+        self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
+        self.transform = {"temperature": temperature, **logit_transform(config)}
 
     def __call__(
         self,
+        model: PreTrainedModel,
         *args: Any,
         fused_lm_head: bool = False,
         degree_inputs: dict[str, Any] | None = None,
@@ -109,47 +129,116 @@ class FusedForward:
         **inputs: Any,
     ):
         if not fused_lm_head:
-            return self.plain_forward(*args, **inputs)
-        labels = inputs.pop("labels")
-        states = self.model.base_model(*args, **{**inputs, "use_cache": False})
-        head = self.model.get_output_embeddings()
+            return self.plain_forward(model, *args, **inputs)
+        config = model.config.get_text_config()
+        labels, shift_labels = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+        num_items = inputs.pop("num_items_in_batch", None)
+        if getattr(config, "output_router_logits", False):
+            inputs.setdefault("output_router_logits", True)
+        states = model.base_model(*args, **{**inputs, "use_cache": False})
+        device = model.get_output_embeddings().weight.device
         # layers may be spread over devices: everything meets where the head is
-        hidden = states.last_hidden_state.to(head.weight.device)
-        next_tokens = labels[:, 1:].to(head.weight.device)
-        with whole_head(head.weight, head.bias) as (weight, bias):
+        hidden = states.last_hidden_state.to(device)
+        targets = (labels[:, 1:] if shift_labels is None else shift_labels).to(device)
+        scored = self._score(model, hidden, targets, scored_rows)
+        mask = targets != -100
+        count = mask.sum().clamp(min=1) if num_items is None else num_items
+        loss = -scored["log_probs"].sum() / count
+        router = None
+        if inputs.get("output_router_logits"):
+            counted = inputs.get("attention_mask")
+            if counted is not None and len(counted) > len(targets):
+                counted = counted.clone()
+                counted[len(targets) :] = 0
+            router = _router_loss(config, states.router_logits, counted)
+            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * router
+        degree = {}
+        if degree_inputs is not None:
+            module = getattr(model, DEGREE_HEAD)
+            result = module(*_degree_rows(hidden, degree_inputs, self.settings.pooling))
+            degree = {f"degree_{name}": value for name, value in result._asdict().items()}
+        return SPOCausalLMOutput(loss=loss, label_mask=mask, aux_loss=router, **scored, **degree)
+
+    def _score(
+        self,
+        model: PreTrainedModel,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        scored_rows: int | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """Return the outputs that were asked for, under TRL's names."""
+        layers = head_layers("fused_lm_head", model.get_output_embeddings())
+        exact = nullcontext()
+        if self.cast_lm_head_to_fp32:
+            hidden = hidden.float()
+            exact = torch.autocast(hidden.device.type, enabled=False)
+        # the rows after those of the labels are shortened responses, which are not scored
+        hidden = hidden[: len(targets)]
+        linear, factors = layers.linear, [b.weight for _, _, b, _ in layers.lora]
+        with exact, whole_head(linear.weight, linear.bias, *factors) as (weight, bias, *factors):
+            lora = None
+            if factors:
+                # dropout is drawn for every position, as PEFT does: a seed drops the same values
+                a_out = torch.cat(layers.lora_inputs(hidden), dim=-1)
+                lora = a_out, torch.cat([b.to(hidden.dtype) for b in factors], dim=-1)
+            length = targets.shape[1]
             scored = linear_logprob(
-                # the rows after those of the labels are shortened responses, which are not scored
-                hidden[: len(labels), :-1],
+                hidden[:, :length],
                 weight,
-                next_tokens,
+                targets,
                 bias=bias,
-                outputs=self.outputs,
+                lora=None if lora is None else (lora[0][:, :length], lora[1]),
+                outputs=tuple(ours for ours, trl in _TRL_NAME_OF.items() if trl in self.outputs),
                 scored_rows=scored_rows,
                 budget_bytes=self.settings.budget_bytes,
                 backend=self.settings.backend,
                 **self.transform,
             )
-        router = None
-        if inputs.get("output_router_logits"):
-            of_responses = inputs["attention_mask"].clone()
-            of_responses[len(labels) :] = 0
-            router = _router_loss(
-                self.model.config.get_text_config(), states.router_logits, of_responses
-            )
-        degree = {}
-        if degree_inputs is not None:
-            module = getattr(self.model, DEGREE_HEAD)
-            result = module(*_degree_rows(hidden, degree_inputs, self.settings.pooling))
-            degree = {f"degree_{name}": value for name, value in result._asdict().items()}
-        return SPOCausalLMOutput(
-            log_probs=scored.logps,
-            entropy=scored.entropy,
-            log_sum_sq_probs=scored.log_sum_sq_probs,
-            mean_logits=scored.mean_logits,
-            is_top1=scored.is_top1,
-            aux_loss=router,
-            **degree,
-        )
+            values = {trl: getattr(scored, ours) for ours, trl in _TRL_NAME_OF.items()}
+            if "position_mean_logits" in self.outputs:
+                values["position_mean_logits"] = self._position_mean_logits(
+                    hidden, weight, bias, lora
+                )
+        if values["mean_logits"] is not None:
+            values["mean_logits"] = values["mean_logits"].detach()
+        return values
+
+    @torch.no_grad()
+    def _position_mean_logits(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return ``[B, T]``; without a softcap a mean over V of logits is a product with a mean."""
+        if self.transform["softcap"] is not None:
+            return linear_logprob(
+                hidden,
+                weight,
+                torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device),
+                bias=bias,
+                lora=lora,
+                outputs=("mean_logits",),
+                budget_bytes=self.settings.budget_bytes,
+                backend=self.settings.backend,
+                **self.transform,
+            ).mean_logits
+        with torch.autocast(hidden.device.type, enabled=False):
+            means = hidden.float() @ weight.mean(0, dtype=torch.float32)
+            if bias is not None:
+                means = means + bias.float().mean()
+            if lora is not None:
+                means = means + lora[0].float() @ lora[1].mean(0, dtype=torch.float32)
+        return means * (self.transform["logit_scale"] / self.transform["temperature"])
+
+
+def _unbound(model: PreTrainedModel) -> Callable[..., Any]:
+    """Return the model's forward as a function of the model: copies of the model share it."""
+    bound = model.forward
+    if getattr(bound, "__self__", None) is model:
+        return bound.__func__
+    return lambda _, *args, **inputs: bound(*args, **inputs)
 
 
 def _degree_rows(
@@ -165,7 +254,9 @@ def _degree_rows(
 
 
 def _router_loss(
-    config: PretrainedConfig, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor
+    config: PretrainedConfig,
+    router_logits: tuple[torch.Tensor, ...],
+    attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

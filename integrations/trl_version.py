@@ -7,16 +7,16 @@ from packaging.version import Version
 TESTED = ("1.16", "1.17")
 
 
-def check_trl() -> None:
+def check_trl(op: str = "spo_kernels.integrations", way_out: str = "") -> None:
     """Raise ImportError without TRL, RuntimeError with an untested version of it."""
     low, high = TESTED
     install = f"pip install 'trl>={low},<{high}'"
     try:
         found = version("trl")
     except PackageNotFoundError:
-        raise ImportError(f"spo_kernels.integrations: trl is not installed. {install}") from None
+        raise ImportError(f"{op}: trl is not installed. {install}") from None
     # a pre-release of the upper bound is above the tested range too
     if not Version(low) <= Version(found) < Version(f"{high}.dev0"):
         raise RuntimeError(
-            f"spo_kernels.integrations: trl must be >= {low} and < {high}, got {found}. {install}"
+            f"{op}: trl must be >= {low} and < {high}, got {found}. {install}{way_out}"
         )

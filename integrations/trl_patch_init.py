@@ -1,0 +1,52 @@
+"""Puts the fused head on a trainer's models when the trainer is built."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from .fused_head import FusedHeadSettings, install_fused_head
+
+# an attribute of the trainers whose models have the head
+_MARK = "spo_fused_head"
+
+
+def install_on(model: nn.Module, outputs: tuple[str, ...], settings: FusedHeadSettings) -> bool:
+    """Install the fused head under an adapter, if any; False on a model that cannot have one."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
+        return False
+    install_fused_head(base, outputs, settings=settings)
+    return True
+
+
+def has_fused_head(trainer: Any) -> bool:
+    """Whether the trainer was built under the patch: its models can score without logits."""
+    return vars(trainer).get(_MARK, False)
+
+
+def fused_head_after_init(
+    outputs: tuple[str, ...], settings: FusedHeadSettings
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return what wraps a trainer's ``__init__``: a head has to be there before prepare().
+
+    The policy is prepared by train(), a reference model before ``__init__`` returns.
+    """
+
+    def wrap(original: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            reference = signature.bind(self, *args, **kwargs).arguments.get("ref_model")
+            ready = reference is None or install_on(reference, outputs, settings)
+            original(self, *args, **kwargs)
+            setattr(self, _MARK, install_on(self.model, outputs, settings) and ready)
+
+        return __init__
+
+    return wrap
