@@ -20,6 +20,8 @@ from spo_kernels._pairs import PairCall, PairData, Scored, Side
 from spo_kernels.pair_planner import PairGroup
 from spo_kernels.preference_loss import loss_backend_of
 
+# rows of the head that are scaled and cast at once
+_HEAD_STEP = 4096
 ROW_INPUTS, _HEAD_INPUTS = ("hidden", "lora_a"), ("weight", "bias", "lora_b")
 
 
@@ -90,7 +92,11 @@ def scaled_gradient(
     """Return a kept gradient times ``upstream`` in its parameter's dtype, its rows in place."""
     if rows is None:
         out = torch.empty(shape, dtype=dtype, device=kept.device)
-        return torch.mul(kept, upstream, out=out)
+        # a product in another dtype has a whole temporary on a CPU
+        for start in range(0, len(out), _HEAD_STEP):
+            part = slice(start, start + _HEAD_STEP)
+            out[part] = kept[part] * upstream
+        return out
     out = torch.zeros(shape, dtype=dtype, device=kept.device)
     for start in range(0, rows.count, row_chunk):
         stop = min(start + row_chunk, rows.count)
