@@ -39,16 +39,18 @@ def count_batch(
     P = labels.shape[0] // blocks
     counted = labels != ignore_index
     token_counts = counted.sum(1).view(blocks, P)
-    scored = counted
+    scored, given = counted, labels
     if response_labels is not None:
         # one scoring of the chosen rows serves both sets of labels
-        merged = torch.where(counted[:P], labels[:P], response_labels.to(labels.dtype))
-        labels = torch.cat([merged, labels[P:]])
+        labels, response_labels = labels.long(), response_labels.long()
+        given = torch.cat([labels, response_labels])
+        labels = torch.cat([torch.where(counted[:P], labels[:P], response_labels), labels[P:]])
         scored = labels != ignore_index
         response_counts = (response_labels != ignore_index).sum(1)
         token_counts = torch.cat([token_counts, response_counts[None]])
     row_counts = scored.sum(1).view(blocks, P)
-    counts = read_counts(op, [row_counts, token_counts], labels, scored, vocab_size)
+    is_given = given != ignore_index
+    counts = read_counts(op, [row_counts, token_counts], given, is_given, vocab_size)
     rows, tokens = counts[: blocks * P], counts[blocks * P :]
     pair_rows, pair_tokens = ([tuple(host[p::P]) for p in range(P)] for host in (rows, tokens))
     return PairBatch(labels, scored, row_counts, token_counts, pair_rows, pair_tokens)

@@ -303,6 +303,6 @@ def _is_sorted(order: list[slice]) -> bool:
 def _reordered(rows: Rows, order: list[slice], device: torch.device) -> Rows:
     index = rows.index
     if index is None:
-        places = torch.arange(rows.count, device=device)
-        index = torch.unravel_index(places, rows.shape)
+        places, T = torch.arange(rows.count, device=device), rows.shape[1]
+        index = (places // T, places % T)
     return Rows(rows.count, rows.shape, tuple(_gather(axis, order) for axis in index))

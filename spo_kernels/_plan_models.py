@@ -75,8 +75,11 @@ def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int
     # by H alone, so that one slice of the head stays at 16 MiB
     chunk = min(TORCH_VOCAB_CHUNK, max(256, _TORCH_SLICE_ELEMENTS // s.H // 256 * 256), s.V)
     tiles = math.ceil(s.V / chunk)
-    # half inputs are upcast a slice at a time; the next slice is made while the last one lives
-    weight_copy = 2 * chunk * (s.H + s.R) * item if s.weight_item < item else 0
+    # half inputs are upcast a slice at a time, by way of the compute dtype under autocast; the next
+    # slice is made while the last one lives
+    by_way = s.item if s.weight_item != s.item else 0
+    weight_copy = chunk * (s.H + s.R) * (2 * item + by_way) if s.item < item else 0
+    row_copy = (s.H + s.R) * (2 * item + (s.item if s.cast_item else 0))
     head_grads = s.needs & {"weight", "lora_b"}
 
     # logits and exponentials, the softcap's slope, what is about to be kept
@@ -85,17 +88,17 @@ def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int
     def forward(rows: int) -> int:
         # the tiles, the hidden chunk; the direction's sums, label rows and their product
         accumulator = 4 * rows * (s.H + s.R) * item if strategy == "direction" else 0
-        hidden = rows * (s.H + s.R) * 2 * item
+        hidden = rows * row_copy
         return tile_count * rows * chunk * item + hidden + weight_copy + accumulator
 
     def backward(rows: int) -> int:
-        hidden = rows * (s.H + s.R) * 2 * item
+        hidden = rows * row_copy
         tile = (2 + s.capped) * rows * chunk * item + hidden + weight_copy
         grad_hidden = s.N * (s.H + s.R) * item if s.needs & {"hidden", "lora_a"} else 0
         # a slice of the head's gradients is made while the last one lives
         head = 2 * chunk * (s.H + s.R) * item if head_grads else 0
         # row chunks of the hidden states do the same
-        return tile + grad_hidden + head + rows * (s.H + s.R) * 2 * item
+        return tile + grad_hidden + head + rows * row_copy
 
     kept = 64 * s.N
     if strategy == "direction":

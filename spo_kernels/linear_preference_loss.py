@@ -126,10 +126,12 @@ def linear_preference_loss(
             (256 MiB on cpu) in place of its 256 MiB (64 MiB).
         strategy: "auto" (the planner's choice), "pairwise", "score", "direction", "resident" or
             "recompute".
-        backend: "auto" (triton on a CUDA tensor, else torch), "torch" or "triton".
+        backend: "auto" (triton on a CUDA tensor, else torch), "torch" or "triton". The loss itself
+            is torch's for types that look at the whole batch and more than 256 pairs.
     Returns:
         ``LinearPreferenceLossOutput``: ``loss`` ``[]`` and, ``[P]`` each, ``losses``,
-        ``chosen_rewards``, ``rejected_rewards``, ``chosen_logps``, ``rejected_logps``; fp32.
+        ``chosen_rewards``, ``rejected_rewards``, ``chosen_logps``, ``rejected_logps``; fp32 (fp64
+        for fp64 hidden states).
     Gradients: hidden, weight, bias, a_out, b through ``loss``. Not differentiable: everything else;
         no double backward.
     Raises: ValueError (shape, range, device, budget), TypeError (dtype), IndexError (a label
@@ -174,7 +176,10 @@ def linear_preference_loss(
     if softcap is not None:
         softcap = check_positive_float(_OP, "softcap", softcap)
     check_choice(_OP, "strategy", strategy, ("auto", *PAIR_STRATEGIES))
-    requested, backend = backend, resolve_backend(_OP, backend, hidden)
+    backend = resolve_backend(_OP, backend, hidden)
+    # a kernel holds so many coupled pairs; the answer must not depend on the plan
+    is_too_wide = loss.is_batch and P > MAX_BATCH_PAIRS
+    loss = dataclasses.replace(loss, backend="torch" if is_too_wide else backend)
     refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype, "ref_logps": ref_logps})
 
     batch = count_batch(_OP, labels, response_labels, blocks, ignore_index, weight.shape[0])
@@ -244,15 +249,13 @@ def linear_preference_loss(
             pair_weights=pair_weights,
             reward_chosen=reward_chosen,
             reward_rejected=reward_rejected,
-            backend=requested,
+            backend=loss.backend,
         )
-        return LinearPreferenceLossOutput(
-            out.losses.sum() / max(P, 1), out.losses.detach(), *out[1:]
-        )
+        # a reference in fp64 would raise the outputs' dtype here alone
+        found = [value.to(logps.dtype) for value in out]
+        return LinearPreferenceLossOutput(found[0].sum() / max(P, 1), found[0].detach(), *found[1:])
 
     groups = tuple(pair_groups(batch.pair_rows, plan.group_rows))
-    most_pairs = max(group.stop - group.first for group in groups)
-    is_too_wide = loss.is_batch and most_pairs > MAX_BATCH_PAIRS
     pairwise = PairwiseCall(
         call=Call(
             backend=backend,
@@ -266,7 +269,7 @@ def linear_preference_loss(
             logit_scale=logit_scale,
             softcap=softcap,
         ),
-        loss=dataclasses.replace(loss, backend="torch" if is_too_wide else backend),
+        loss=loss,
         groups=groups,
         group_rows=plan.group_rows,
         is_margin=is_margin,

@@ -232,7 +232,7 @@ def piece_rows(group: PairGroup, pair_rows: Sequence[Sequence[int]], group_rows:
 def _group_sizes(pair_rows: Sequence[Sequence[int]], is_streamable: bool) -> list[int]:
     """Return the group sizes to consider: all pairs, halves of that, and the longest pair."""
     longest, total = max(map(sum, pair_rows), default=0), sum(map(sum, pair_rows))
-    least = _LEAST_PIECE_ROWS if is_streamable else longest
+    least = _LEAST_PIECE_ROWS if is_streamable else max(longest, 1)
     sizes, size = {max(total, 1), max(longest, 1)}, total
     while size // 2 >= least:
         size //= 2

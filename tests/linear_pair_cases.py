@@ -1,17 +1,25 @@
 """Batches of pairs over a linear head, and the comparison that their tests share."""
 
+import contextlib
+import dataclasses
+import sys
+
+import pytest
 import torch
 from oracle import assert_within_budget
 
 from spo_kernels import linear_preference_loss
 from spo_kernels.loss_table import loss_type_of
+from spo_kernels.pair_planner import pair_groups
 from spo_kernels.reference import linear_logprob_reference
 from spo_kernels.reference_preference import preference_loss_reference
 
 H, V, T = 24, 301, 13
 PARAMETERS = ("hidden", "weight", "bias", "lora_a", "lora_b")
-# budgets that lead to one group, to several groups, and to a streamed pair
-ONE_GROUP, SMALLEST = None, "smallest"
+# the least budget of a call: groups of the longest pair
+SMALLEST = "smallest"
+# rows whose exponentials are held: everything, or less than one response has
+WHOLE, PIECES = None, 5
 
 
 def make_batch(names, P, *, dtype=torch.float32, seed=0, tokens=False, orpo=False, lora=False):
@@ -85,6 +93,25 @@ def reference(head, pairs, *, softcap=None, logit_scale=1.0, temperature=1.0, **
     return {"loss": out["losses"].sum() / max(P, 1), **out}
 
 
+@contextlib.contextmanager
+def groups_of(rows):
+    """Let calls hold the exponentials of ``rows`` rows at a time; yields the pairs streamed."""
+    module = sys.modules[linear_preference_loss.__module__]
+    plan, streamed = module.plan_linear_preference_loss, []
+
+    def smaller(**question):
+        return dataclasses.replace(plan(**question), group_rows=rows)
+
+    def counted(*args):
+        streamed.extend(g for g in pair_groups(*args) if g.streamed)
+        return pair_groups(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plan_linear_preference_loss", smaller)
+        patch.setattr(module, "pair_groups", counted)
+        yield streamed
+
+
 def names_of(mix):
     loss_type = mix.get("loss_type", "sigmoid")
     return (loss_type,) if isinstance(loss_type, str) else loss_type
@@ -126,8 +153,10 @@ def smallest_budget(*args, **settings):
     raise AssertionError("a budget of one byte was enough")
 
 
-def compare(backend, head, pairs, *, strategy, budget_bytes=None, needs=PARAMETERS, **mix):
-    """Hold every output and gradient of ``backend`` to the budget."""
+def compare(
+    backend, head, pairs, *, strategy, budget_bytes=None, group_rows=None, needs=PARAMETERS, **mix
+):
+    """Hold every output and gradient of ``backend`` to the budget; ``group_rows`` streams pairs."""
     name, device = backend
     doubles = {n: t.double() for n, t in head.items()}
     wide = {n: t.double() if t.is_floating_point() else t for n, t in pairs.items()}
@@ -135,7 +164,12 @@ def compare(backend, head, pairs, *, strategy, budget_bytes=None, needs=PARAMETE
     oracle = run(reference, doubles, wide, needs=needs, **mix)
     eager = run(reference, head, pairs, needs=needs, **mix)
     settings = {"strategy": strategy, "budget_bytes": budget_bytes, "backend": name}
-    actual = run(op, head, pairs, needs=needs, device=device, **mix, **settings)
+    if group_rows is None:
+        actual = run(op, head, pairs, needs=needs, device=device, **mix, **settings)
+    else:
+        with groups_of(group_rows) as streamed:
+            actual = run(op, head, pairs, needs=needs, device=device, **mix, **settings)
+        assert streamed
     assert set(actual) == set(oracle)
     for field, value in actual.items():
         label = f"linear_preference_loss[{name}, {strategy}].{field} {names_of(mix)}"

@@ -1,12 +1,20 @@
 """``linear_preference_loss``: every loss type and strategy against the fp64 references."""
 
-import dataclasses
 import inspect
-import sys
 
 import pytest
 import torch
-from linear_pair_cases import ONE_GROUP, SMALLEST, compare, make_batch, op, reference, run
+from linear_pair_cases import (
+    PIECES,
+    SMALLEST,
+    WHOLE,
+    compare,
+    groups_of,
+    make_batch,
+    op,
+    reference,
+    run,
+)
 from preference_cases import MIXES, OPTIONS
 
 from spo_kernels import linear_preference_loss, preference_loss
@@ -22,9 +30,9 @@ ALONE = [names for names in MIXES if not is_coupled(names)]
 COUPLED = [names for names in MIXES if is_coupled(names)]
 
 
-@pytest.mark.parametrize("budget", [ONE_GROUP, SMALLEST], ids=["group", "stream"])
+@pytest.mark.parametrize("group_rows", [WHOLE, PIECES], ids=["group", "stream"])
 @pytest.mark.parametrize("names", ALONE, ids=lambda names: "+".join(names)[:40])
-def test_pairwise(backend, names, budget):
+def test_pairwise(backend, names, group_rows):
     """Every type that is a function of a pair, its pairs in one group and streamed in pieces."""
     head, pairs = make_batch(names, 7, seed=len(names[0]))
     mix = {
@@ -32,7 +40,7 @@ def test_pairwise(backend, names, budget):
         **OPTIONS,
         "loss_weights": [0.7 + 0.1 * i for i in range(len(names))],
     }
-    compare(backend, head, pairs, strategy="pairwise", budget_bytes=budget, **mix)
+    compare(backend, head, pairs, strategy="pairwise", group_rows=group_rows, **mix)
 
 
 @pytest.mark.parametrize("names", COUPLED, ids=lambda names: "+".join(names)[:40])
@@ -48,24 +56,24 @@ def test_coupled(backend, names):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("strategy", "budget"),
+    ("strategy", "group_rows"),
     [
-        ("pairwise", ONE_GROUP),
-        ("pairwise", SMALLEST),
+        ("pairwise", WHOLE),
+        ("pairwise", PIECES),
         ("resident", None),
         ("recompute", None),
         ("auto", None),
     ],
     ids=str,
 )
-def test_strategies(backend, strategy, budget, dtype):
+def test_strategies(backend, strategy, group_rows, dtype):
     """Every strategy and dtype, with a cap, a scale, LoRA on the head and token references."""
     if backend == ("triton", "cpu") and dtype == torch.bfloat16:
         pytest.skip("bf16 products are wrong in triton's interpreter")
     names = ("ipo", "sft")
     head, pairs = make_batch(names, 4, dtype=dtype, seed=3, tokens=True, lora=True)
     mix = {"loss_type": names, "softcap": 9.0, "logit_scale": 0.7, "temperature": 1.3}
-    compare(backend, head, pairs, strategy=strategy, budget_bytes=budget, **mix)
+    compare(backend, head, pairs, strategy=strategy, group_rows=group_rows, **mix)
 
 
 def test_groups(backend):
@@ -75,31 +83,18 @@ def test_groups(backend):
     pairs["labels"][:, 3:] = -100
     pairs["labels"][2] = pairs["labels"][8] = torch.arange(13)
     for names in (("sigmoid", "cpo"), ("apo_zero",)):
-        mix = {"loss_type": names, "strategy": "pairwise"}
         least = None
         for rows in (40, 26, 20, 12, 5):
-            settings = {**mix, "budget_bytes": None}
-            found = run_with_groups(backend, head, pairs, rows, **settings)
+            with groups_of(rows):
+                name, device = backend
+                settings = {"loss_type": names, "strategy": "pairwise", "backend": name}
+                found = run(op, head, pairs, device=device, **settings)
             least = found if least is None else least
             for name, value in found.items():
                 torch.testing.assert_close(value, least[name], rtol=2e-5, atol=2e-6, msg=name)
 
 
-def run_with_groups(backend, head, pairs, rows, **settings):
-    """Run the op with groups of at most ``rows`` rows."""
-    module = sys.modules[linear_preference_loss.__module__]
-    plan = module.plan_linear_preference_loss
-
-    def smaller(**question):
-        return dataclasses.replace(plan(**question), group_rows=rows)
-
-    name, device = backend
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "plan_linear_preference_loss", smaller)
-        return run(op, head, pairs, device=device, backend=name, **settings)
-
-
-@pytest.mark.parametrize("budget", [ONE_GROUP, SMALLEST], ids=["group", "least"])
+@pytest.mark.parametrize("budget", [None, SMALLEST], ids=["group", "least"])
 def test_response_labels(backend, budget):
     """ORPO's NLL over prompt and chosen from the chosen rows, scored once."""
     names = ("orpo", "nll")
@@ -114,6 +109,38 @@ def test_ld_alpha(backend):
     head, pairs = make_batch(("sigmoid",), 4, seed=6, tokens=True)
     for strategy in ("pairwise", "recompute"):
         compare(backend, head, pairs, strategy=strategy, ld_alpha=0.3, beta=0.5)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
+def test_f_divergences(backend, divergence):
+    """Other divergences in a streamed pair: the slopes of both sides are no longer opposite."""
+    head, pairs = make_batch(("sigmoid",), 5, seed=10)
+    pairs["ref_logps"] = pairs["ref_logps"] / 20
+    mix = {"f_divergence_type": divergence, "loss_type": ("sigmoid", "sft"), "beta": 0.5}
+    compare(backend, head, pairs, strategy="pairwise", group_rows=PIECES, **mix)
+
+
+def test_more_pairs_than_a_program_holds(backend):
+    """The answer of a batch type does not depend on the plan."""
+    names = ("cpo", "sft")
+    head, pairs = make_batch(names, 257, seed=2)
+    pairs["labels"][:, 2:] = -100
+    pairs["labels"][:, 0] = 3
+    name, device = backend
+    found = [
+        run(op, head, pairs, device=device, loss_type=names, strategy=strategy, backend=name)
+        for strategy in ("pairwise", "recompute")
+    ]
+    torch.testing.assert_close(found[0]["losses"], found[1]["losses"])
+
+
+def test_dtype_of_outputs():
+    """An fp64 reference leaves the outputs in the log-probs' fp32, whatever the plan."""
+    head, pairs = make_batch(("sigmoid",), 3)
+    pairs["ref_logps"] = pairs["ref_logps"].double()
+    for strategy in ("pairwise", "recompute"):
+        out = run(op, head, pairs, strategy=strategy)
+        assert {out[name].dtype for name in ("loss", "losses", "chosen_rewards")} == {torch.float32}
 
 
 def test_signature():

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from linear_pair_cases import (
-    ONE_GROUP,
-    SMALLEST,
+    PIECES,
+    WHOLE,
     H,
     V,
     compare,
+    groups_of,
     make_batch,
     op,
     run,
@@ -17,17 +18,20 @@ from linear_pair_cases import (
 
 from spo_kernels import linear_logprob, linear_preference_loss, unpaired_preference_loss
 
-BUDGETS = pytest.mark.parametrize("budget", [ONE_GROUP, SMALLEST], ids=["group", "stream"])
+GROUPS = pytest.mark.parametrize("group_rows", [WHOLE, PIECES], ids=["group", "stream"])
 
 
 @pytest.mark.parametrize("strategy", ["pairwise", "recompute", "auto"])
 @pytest.mark.parametrize("P", [0, 3], ids=["empty", "all_ignored"])
-def test_nothing_scored(backend, P, strategy):
+@pytest.mark.parametrize("mix", [{}, {"ld_alpha": 0.5}, {"loss_type": ("sigmoid", "nll")}], ids=str)
+def test_nothing_scored(backend, P, strategy, mix):
     """Faults 2 and 3: loss 0 (of no token: that of margin 0) connected to every input, grads 0."""
     name, device = backend
     head, pairs = make_batch(("sigmoid",), P, lora=True)
     pairs = {"labels": torch.full_like(pairs["labels"], -100)}
-    out = run(op, head, pairs, device=device, strategy=strategy, backend=name)
+    if "loss_type" in mix:
+        pairs["response_labels"] = pairs["labels"][:P]
+    out = run(op, head, pairs, device=device, strategy=strategy, backend=name, **mix)
     assert out["loss"].item() == pytest.approx(math.log(2) if P else 0.0)
     assert out["losses"].shape == (P,)
     for key, value in out.items():
@@ -35,8 +39,8 @@ def test_nothing_scored(backend, P, strategy):
             assert value.shape == head[key.removeprefix("grad_")].shape and not value.any()
 
 
-@BUDGETS
-def test_empty_response(backend, budget):
+@GROUPS
+def test_empty_response(backend, group_rows):
     """Fault 4: completions without a token, of either side and of both, by sums and by means."""
     head, pairs = make_batch(("sigmoid",), 5, seed=2)
     for row in (1, 7, 3, 8):
@@ -44,7 +48,7 @@ def test_empty_response(backend, budget):
     # an empty reference is a sum of nothing
     pairs["ref_logps"][[1, 7, 3, 8]] = 0.0
     for names in (("sigmoid",), ("ipo", "sft"), ("orpo",), ("simpo",)):
-        compare(backend, head, pairs, strategy="pairwise", budget_bytes=budget, loss_type=names)
+        compare(backend, head, pairs, strategy="pairwise", group_rows=group_rows, loss_type=names)
 
 
 def test_policy_equal_to_reference(backend):
@@ -55,10 +59,10 @@ def test_policy_equal_to_reference(backend):
     tensors = {key: tensor.to(device) for key, tensor in head.items()}
     ref = linear_logprob(**tensors, labels=labels, backend=name).logps
     for ref_logps in (ref, ref.double().sum(1)):
-        for budget in (ONE_GROUP, SMALLEST):
+        for rows in (1000, PIECES):
             pairs = {"labels": labels, "ref_logps": ref_logps.float()}
-            settings = {"strategy": "pairwise", "budget_bytes": budget, "backend": name}
-            out = run(op, head, pairs, device=device, **settings)
+            with groups_of(rows):
+                out = run(op, head, pairs, device=device, strategy="pairwise", backend=name)
             rewards = torch.stack([out["chosen_rewards"], out["rejected_rewards"]])
             if ref_logps.dim() == 2 and backend != ("triton", "cpu"):
                 assert not rewards.any()
@@ -85,15 +89,16 @@ def test_needs_input_grad(backend, needs):
             run(op, head, pairs, needs=needs, device=device, backend=name, strategy="pairwise")
 
 
-@BUDGETS
-def test_upstream_gradients(backend, budget):
+@GROUPS
+def test_upstream_gradients(backend, group_rows):
     """Faults 13, 15, 19, 20: linear in the upstream; a second backward is equal; no third order."""
     name, device = backend
     head, pairs = make_batch(("sigmoid",), 3, seed=4)
-    settings = {"strategy": "pairwise", "budget_bytes": budget, "backend": name}
+    settings = {"strategy": "pairwise", "backend": name}
     leaves = {key: tensor.to(device).requires_grad_() for key, tensor in head.items()}
     pairs = {key: tensor.to(device) for key, tensor in pairs.items()}
-    loss = op(leaves, pairs, **settings)["loss"]
+    with groups_of(group_rows or 1000):
+        loss = op(leaves, pairs, **settings)["loss"]
     inputs = list(leaves.values())
     once = torch.autograd.grad(loss, inputs, retain_graph=True)
     again = torch.autograd.grad(loss, inputs, retain_graph=True)
@@ -106,13 +111,14 @@ def test_upstream_gradients(backend, budget):
         torch.autograd.grad(loss, inputs, create_graph=True)
 
 
-@BUDGETS
-def test_noncontiguous(backend, budget):
+@GROUPS
+def test_noncontiguous(backend, group_rows):
     """Fault 12: strided inputs give the bits of contiguous ones."""
     name, device = backend
     head, pairs = make_batch(("sigmoid",), 3, seed=7)
     settings = {"strategy": "pairwise", "backend": name, "device": device}
-    wanted = run(op, head, pairs, **settings, budget_bytes=budget)
+    with groups_of(group_rows or 1000):
+        wanted = run(op, head, pairs, **settings)
     strided = {
         "hidden": torch.stack([head["hidden"]] * 2, 1)[:, 1],
         "weight": head["weight"].t().contiguous().t(),
@@ -120,7 +126,8 @@ def test_noncontiguous(backend, budget):
     }
     pairs["ref_logps"] = torch.stack([pairs["ref_logps"]] * 2, 1)[:, 1]
     pairs["labels"] = pairs["labels"].t().contiguous().t()
-    found = run(op, strided, pairs, **settings, budget_bytes=budget)
+    with groups_of(group_rows or 1000):
+        found = run(op, strided, pairs, **settings)
     for key, value in found.items():
         torch.testing.assert_close(value, wanted[key], rtol=1e-6, atol=1e-7, msg=key)
 
@@ -181,6 +188,20 @@ def test_label_outside():
     labels = torch.tensor([[1, -100], [2, 9]])
     with pytest.raises(IndexError, match=r"linear_preference_loss: target 9 at row 3 outside"):
         linear_preference_loss(torch.zeros(2, 2, 8), torch.zeros(9, 8), labels)
+
+
+def test_response_label_outside():
+    """Every label is checked, where another one covers it or an int32 would wrap it too."""
+    labels = torch.tensor([[1, 3], [2, 4]], dtype=torch.int32)
+    for bad in (9999, 2**32 + 3):
+        with pytest.raises(IndexError, match=f"target {bad} at row 4 outside"):
+            linear_preference_loss(
+                torch.zeros(2, 2, 8),
+                torch.zeros(9, 8),
+                labels,
+                loss_type="nll",
+                response_labels=torch.tensor([[bad, 3]]),
+            )
 
 
 LIGER = [

@@ -79,6 +79,15 @@ def test_long_context():
     assert head // 2 < apart[0] - apart[1] <= head
 
 
+def test_nothing_scored():
+    for pair_rows in ([], [(0, 0)], [(0, 0)] * 3):
+        for is_streamable in (False, True):
+            plan = plan_linear_preference_loss(
+                **LLAMA8B, pair_rows=pair_rows, is_streamable=is_streamable
+            )
+            assert plan.peak_bytes <= plan.budget_bytes
+
+
 def test_small_pieces_lose():
     """Pieces of a few hundred rows pay more for the sums than a product saves."""
     question = {**LLAMA8B, "pair_rows": [(256, 256)] * 64}

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from spo_kernels import (
     linear_logprob,
     linear_preference_loss,
+    pair_planner,
     plan_linear_logprob,
     plan_linear_preference_loss,
 )
@@ -117,6 +118,25 @@ def test_peak(strategy, needs, options, dtype, ignored, monkeypatch):
         assert peak <= plan.peak_bytes + returned + outputs, (peak, plan.peak_bytes, returned)
 
 
+@pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("hidden", "weight")], ids=str)
+def test_peak_under_autocast(needs):
+    """Slices of an fp32 head go through the compute dtype, which the plan counts."""
+    rows, H, V = 600, 256, 5000
+    hidden = torch.randn(rows, H, requires_grad="hidden" in needs)
+    weight = (torch.randn(V, H) / 8).requires_grad_("weight" in needs)
+    labels = torch.randint(0, V, (rows,))
+    returned = sum(4 * t.numel() for t in (hidden, weight) if t.requires_grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError) as error:
+            linear_logprob(hidden, weight, labels, backend="torch", budget_bytes=1)
+        least = int(str(error.value).split("must be at least ")[1].split()[0])
+        with LiveBytes() as live:
+            linear_logprob(
+                hidden, weight, labels, backend="torch", budget_bytes=least
+            ).logps.sum().backward()
+    assert live.peak <= least + returned + 64 * rows, (live.peak, least)
+
+
 @pytest.mark.parametrize("loss_type", ["sigmoid", "apo_zero"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strategy", ["pairwise", "recompute"])
@@ -165,3 +185,9 @@ def test_peak_of_pairs(strategy, dtype, loss_type, monkeypatch):
         assert plan.strategy == strategy
         assert plan.peak_bytes <= plan.budget_bytes
         assert peak <= plan.peak_bytes + returned, (peak, plan.peak_bytes, returned)
+    if strategy == "pairwise":
+        # every pair streamed
+        monkeypatch.setattr(pair_planner, "_group_sizes", lambda *_: [96])
+        peak = run(None)
+        assert plans[-1].group_rows == 96
+        assert peak <= plans[-1].peak_bytes + returned, (peak, plans[-1].peak_bytes, returned)
