@@ -91,7 +91,9 @@ def gpu_bars(rows: Iterable[Row]) -> list[Bar]:
             what = f"{which} against {units} bare GEMM{'s' * (units > 1)}"
             bars.append(Bar(f"GPU, {workload}", what, ratio, limits[small]))
     pairs = {
-        (row["workload"], row["provider"]): row for row in rows if row["kind"] == "linear_pairs"
+        (row["workload"], row["provider"]): row
+        for row in rows
+        if row["kind"] == "linear_pairs" and row.get("device") == "cuda"
     }
     for (workload, provider), ours in pairs.items():
         liger = pairs.get((workload, "liger"))

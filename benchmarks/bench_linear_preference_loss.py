@@ -39,7 +39,8 @@ def test_linear_preference_loss(benchmark, record, setting) -> None:
     benchmark.group = f"linear_preference_loss {workload.name}"
     benchmark.pedantic(one_round, rounds=setting.rounds, warmup_rounds=1)
     measure = functools.partial(peak_bytes, workload=workload, setting=setting)
-    for row in rows_of(workload, {name: values[1:] for name, values in times.items()}, measure):
+    times = {name: values[1:] for name, values in times.items()}
+    for row in rows_of(workload, times, measure, setting.device):
         record(**row)
 
 
@@ -85,7 +86,7 @@ def peak_bytes(provider: str, *, workload: Workload, setting) -> int:
 
 
 def rows_of(
-    workload: Workload, times: dict[str, list[float]], measure: Callable[[str], int]
+    workload: Workload, times: dict[str, list[float]], measure: Callable[[str], int], device: str
 ) -> list[Row]:
     """Return a row a provider with its time and peak, ours with the ratios to Liger's."""
     P = pairs_of(workload)
@@ -94,6 +95,7 @@ def rows_of(
         row = {
             "kind": "linear_pairs",
             "workload": f"linear-pairs-{workload.name}",
+            "device": device.partition(":")[0],
             **dataclasses.asdict(workload),
         }
         row |= {"provider": provider, "pairs": P, "pass": "forward_backward"}

@@ -253,7 +253,7 @@ def pair_rows(run: Run, workload: Workload) -> list[Row]:
         steps[name] = step
     rounds = 2 if run.tiny else 5
     times = timing.race(steps, rounds=rounds, device=run.device)
-    return bench.rows_of(workload, times, peaks.__getitem__)
+    return bench.rows_of(workload, times, peaks.__getitem__, run.device)
 
 
 def step_rows(run: Run, shape: train_step.StepShape) -> list[Row]:

@@ -112,11 +112,12 @@ def test_bars_of_preference_loss():
 
 
 def test_bars_of_linear_preference_loss():
-    row = {"kind": "linear_pairs", "workload": "w", "pairs": 1, "rows": 32768}
+    row = {"kind": "linear_pairs", "workload": "w", "pairs": 1, "rows": 32768, "device": "cuda"}
     rows = [{**row, "provider": "liger", "median_ms": 10.0, "peak_bytes": 100}]
     rows.append({**row, "provider": "spo", "median_ms": 9.0, "peak_bytes": 30})
     found = {bar.what: (bar.ratio, bar.met) for bar in bars.gpu_bars(rows)}
     assert found == {"time against Liger": (0.9, True), "memory against Liger": (0.3, False)}
+    assert not bars.gpu_bars([{**row, "device": "cpu"} for row in rows])
 
 
 def test_pytest_session_writes_rows(tmp_path):
