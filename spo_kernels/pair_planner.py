@@ -25,6 +25,7 @@ from spo_kernels.planner import (
     choose,
     default_budget_bytes,
     device_facts,
+    forced_strategy,
     gemm_units,
     list_candidates,
     predicted_ms,
@@ -156,12 +157,7 @@ def plan_linear_preference_loss(
         why = "the head needs no gradient" if is_pairwise else "its loss couples the pairs"
         raise NotImplementedError(f"{_OP}: strategy='pairwise' cannot run this call: {why}.")
     if strategy not in ("auto", "pairwise"):
-        if strategy not in allowed:
-            raise NotImplementedError(
-                f"{_OP}: strategy={strategy!r} cannot give the gradients asked for "
-                f"({', '.join(sorted(needs)) or 'none'}). Use one of {', '.join(allowed)}."
-            )
-        allowed, by_pair = (strategy,), []
+        allowed, by_pair = forced_strategy(_OP, strategy, allowed, sizes.needs), []
     found = by_pair
     if strategy != "pairwise":
         found = list_candidates(sizes, allowed, budget_bytes - aside, device) + by_pair

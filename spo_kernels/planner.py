@@ -196,12 +196,7 @@ def plan_linear_logprob(
     )
     allowed = allowed_strategies(sizes.needs, softcap is not None, entropy_grad)
     if strategy != "auto":
-        if strategy not in allowed:
-            raise NotImplementedError(
-                f"{_OP}: strategy={strategy!r} cannot give the gradients asked for "
-                f"({', '.join(sorted(sizes.needs)) or 'none'}). Use one of {', '.join(allowed)}."
-            )
-        allowed = (strategy,)
+        allowed = forced_strategy(_OP, strategy, allowed, sizes.needs)
     candidates = list_candidates(sizes, allowed, budget_bytes, device)
     return choose(_OP, candidates, sizes, budget_bytes, device)
 
@@ -344,6 +339,18 @@ def allowed_strategies(
         # the kept tile has lost the logit behind the cap, and one vector has no entropy in it
         return ("recompute",) if softcap else ("resident", "recompute")
     return ("resident", "recompute") if head_grad else ("direction", "resident", "recompute")
+
+
+def forced_strategy(
+    op: str, strategy: Strategy, allowed: tuple[Strategy, ...], needs: frozenset[str]
+) -> tuple[Strategy]:
+    """Return the one strategy asked for, refusing it where it cannot give the gradients."""
+    if strategy not in allowed:
+        raise NotImplementedError(
+            f"{op}: strategy={strategy!r} cannot give the gradients asked for "
+            f"({', '.join(sorted(needs)) or 'none'}). Use one of {', '.join(allowed)}."
+        )
+    return (strategy,)
 
 
 def gemm_units(strategy: Strategy, needs: frozenset[str]) -> int:
