@@ -1,9 +1,21 @@
 """What one ``linear_logprob`` call hands to a backend: its settings and its scored rows."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Which rows of a head that is split over a group this rank holds."""
+
+    group: dist.ProcessGroup
+    start: torch.Tensor  # [] int64
+    total: torch.Tensor  # [] int64, V of the whole head
+    differs: torch.Tensor  # [] bool, whether the ranks have other labels than each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +32,12 @@ class Call:
     temperature: float
     logit_scale: float
     softcap: float | None
+    shard: Shard | None = None
+
+    @property
+    def absent_logit(self) -> float:
+        """The logit of a label outside the head: wrong, or another rank's."""
+        return float("nan") if self.shard is None else float("-inf")
 
     @property
     def slope(self) -> float:
@@ -95,6 +113,11 @@ class Kept(NamedTuple):
     direction_scale: torch.Tensor | None = None  # [2, N] fp32, row scales of the two directions
     exps: torch.Tensor | None = None  # [N, V] exponentials
     exp_reference: torch.Tensor | None = None  # what exps are relative to, see each backend
+    share: torch.Tensor | None = None  # [N] fp32, this rank's part of the softmax
+
+    def label_probs(self) -> torch.Tensor:
+        """Return ``[N]`` p_label."""
+        return torch.exp(self.target_logit - self.logsumexp)
 
 
 class RowGrads(NamedTuple):
@@ -126,7 +149,7 @@ def row_coefficients(call: Call, kept: Kept, grads: RowGrads, vocab_size: int) -
     zero = torch.zeros_like(logps)
     g_logps = zero if grads.logps is None else grads.logps
     g_lse = zero if grads.logsumexp is None else grads.logsumexp
-    probs = torch.exp(logps)
+    probs = kept.label_probs()
     label = g_logps * kept.rest + g_lse * probs
     everywhere = None
     if grads.entropy is not None:
@@ -134,7 +157,7 @@ def row_coefficients(call: Call, kept: Kept, grads: RowGrads, vocab_size: int) -
         term = torch.where(probs == 0, 0.0, probs * (logps + kept.entropy))
         label = label - grads.entropy * term
     if grads.mean_logits is not None:
-        everywhere = grads.mean_logits / vocab_size
+        everywhere = grads.mean_logits / (vocab_size if call.shard is None else call.shard.total)
         label = label + everywhere
     return RowCoefficients(
         on_p=g_lse - g_logps,
@@ -146,13 +169,21 @@ def row_coefficients(call: Call, kept: Kept, grads: RowGrads, vocab_size: int) -
 
 
 def backward_direction(
-    call: Call, rows: Rows, inputs: Inputs, kept: Kept, grads: RowGrads, need: frozenset[str]
+    call: Call,
+    rows: Rows,
+    inputs: Inputs,
+    kept: Kept,
+    grads: RowGrads,
+    need: frozenset[str],
+    into: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Return grad_hidden / grad_lora_a as a row scale of the kept directions.
 
         grad_h = (g_logps - g_lse) D + g_lse f_y W[y] + g_mean f mean_v W_v
 
-    The second term is d logsumexp / dh = f_y W[y] - D; the last holds without a softcap.
+    The second term is d logsumexp / dh = f_y W[y] - D; the last holds without a softcap. A rank of
+    a group keeps ``D_r = -f sum_{v != y} p_v W_v`` of its slice's own softmax instead:
+    ``D = share D_r + rest f_y W[y]``, the last term where its slice has the label.
     """
     pairs = [("hidden", inputs.hidden, kept.direction, inputs.weight)]
     pairs.append(("lora_a", inputs.lora_a, kept.direction_lora, inputs.lora_b))
@@ -161,24 +192,41 @@ def backward_direction(
         upstream = upstream + grads.logps
     if grads.logsumexp is not None:
         upstream = upstream - grads.logsumexp
+    on_label, labels = grads.logsumexp, inputs.labels
+    if call.shard is not None:
+        # g_lse p_y + g_logps (1 - p_y), from the whole head's softmax
+        width = inputs.weight.shape[0]
+        terms = ((grads.logps, kept.rest), (grads.logsumexp, kept.label_probs()))
+        present = (grad * factor for grad, factor in terms if grad is not None)
+        on_label = sum(present, torch.zeros_like(upstream))
+        on_label = on_label.where((labels >= 0) & (labels < width), 0.0)
+        labels = labels.clamp(0, width - 1)
+        upstream = upstream * kept.share
     out = {}
     for i, (name, tensor, direction, head) in enumerate(pairs):
         if name not in need:
             continue
         scale = upstream if kept.direction_scale is None else upstream * kept.direction_scale[i]
-        grad = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if name not in into:
+            out[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         mean_row = None
         if grads.mean_logits is not None:
-            mean_row = head.sum(0, dtype=kept.logsumexp.dtype) * (call.slope / head.shape[0])
+            total = head.shape[0] if call.shard is None else call.shard.total
+            mean_row = head.sum(0, dtype=kept.logsumexp.dtype) * (call.slope / total)
         for start in range(0, rows.count, call.row_chunk):
             part = slice(start, min(start + call.row_chunk, rows.count))
             value = direction[part] * scale[part, None]
-            if grads.logsumexp is not None:
+            if call.shard is not None:
+                # a slice whose logits are all -inf has no softmax of its own
+                value = value.where(kept.share[part, None] != 0, 0.0)
+            if on_label is not None:
                 slope = call.target_slope(kept.target_logit[part])
-                label_row = head[inputs.labels[part]].to(value.dtype)
-                value = value + (grads.logsumexp[part] * slope)[:, None] * label_row
+                label_row = head[labels[part]].to(call.compute_dtype).to(value.dtype)
+                value = value + (on_label[part] * slope)[:, None] * label_row
             if mean_row is not None:
                 value = value + grads.mean_logits[part, None] * mean_row
-            rows.put(grad, part.start, part.stop, value)
-        out[name] = grad
+            if name in into:
+                into[name][part] = value
+            else:
+                rows.put(out[name], part.start, part.stop, value)
     return out

@@ -2,7 +2,7 @@
 
 import torch
 
-from spo_kernels._call import Rows
+from spo_kernels._call import Rows, Shard
 from spo_kernels._checks import (
     FLOAT_DTYPES,
     check_dtype,
@@ -48,10 +48,11 @@ def scored_rows_of(
     op: str,
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    vocab_size: int,
+    vocab_size: int | torch.Tensor,
     ignore_index: int,
     scored_rows: int | None,
     validate: bool,
+    shard: Shard | None = None,
 ) -> tuple[Rows, torch.Tensor, torch.Tensor | None]:
     """Return the scored rows, their labels and, without a sync, whether the count was right."""
     scored = labels != ignore_index
@@ -64,7 +65,16 @@ def scored_rows_of(
     on_host = labels.device.type == "cpu"
     exact = None
     if scored_rows is None or validate or on_host:
-        [count] = read_counts(op, [scored.sum()], labels, scored, vocab_size)
+        counts = [scored.sum()] if shard is None else [scored.sum(), shard.differs]
+        count, *differs = read_counts(op, counts, labels, scored, vocab_size)
+        if any(differs):
+            fail(
+                op,
+                "labels",
+                "be the same on every rank of group",
+                "different ones",
+                way_out="Pass the group that shards the vocabulary, not the data.",
+            )
         if scored_rows is not None and scored_rows != count:
             fail(op, "scored_rows", f"be the number of scored labels, {count}", scored_rows)
         scored_rows = count
@@ -93,16 +103,15 @@ def read_counts(
     counts: list[torch.Tensor],
     labels: torch.Tensor,
     scored: torch.Tensor,
-    vocab_size: int,
+    vocab_size: int | torch.Tensor,
 ) -> list[int]:
     """Return integer tensors as one list, refusing labels outside [0, V), in one host read."""
     outside = scored & ((labels < 0) | (labels >= vocab_size))
     values = torch.cat([outside.sum()[None], *(count.reshape(-1) for count in counts)]).tolist()
     if values[0]:
         place = int(outside.flatten().nonzero()[0])
-        raise IndexError(
-            f"{op}: target {int(labels.flatten()[place])} at row {place} outside [0, {vocab_size})"
-        )
+        label, end = int(labels.flatten()[place]), int(vocab_size)
+        raise IndexError(f"{op}: target {label} at row {place} outside [0, {end})")
     return values[1:]
 
 

@@ -38,6 +38,16 @@ class Sizes:
     gathered: bool
     kept_item: int
     head_copied: bool
+    ranks: int = 1
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """What a group's row statistics take in the forward, nothing for a whole head."""
+        return 0 if self.ranks == 1 else 192 * (self.ranks + 1) * self.N
+
+    def summed_bytes(self, rows: int, item: int) -> int:
+        """What a group's `direction` sums its gradients in, ``rows`` at a time."""
+        return 0 if self.ranks == 1 else (self.N + 4 * rows) * (self.H + self.R) * item
 
 
 def head_slice_columns(vocab_size: int, hidden_size: int, itemsize: int, copied: bool) -> int:
@@ -107,8 +117,12 @@ def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int
         kept += s.N * s.V * min(s.item, item) + 4 * s.N * tiles
 
     def peak_of(rows: int) -> int:
-        runs_backward = strategy in ("resident", "recompute")
-        return kept + max(forward(rows), backward(rows) if runs_backward else 0)
+        after = 0
+        if strategy == "direction":
+            after = s.summed_bytes(rows, item)
+        elif strategy != "score":
+            after = backward(rows)
+        return kept + max(forward(rows), s.exchanged_bytes, after)
 
     rows, peak = _pick(_chunk_steps(s.N, TORCH_MIN_ROWS, 1024), budget, peak_of)
     passes = max(1, math.ceil(s.N / rows))
@@ -144,8 +158,11 @@ def triton_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[in
             kept += s.N * width * s.kept_item + 8 * s.N
 
         def peak_of(rows: int) -> int:
-            tile = rows * padded_v * s.item + rows * width * 4 if strategy == "direction" else 0
-            return kept + cast + partials(rows) + tile
+            tile = after = 0
+            if strategy == "direction":
+                tile = rows * padded_v * s.item + rows * width * 4
+                after = s.summed_bytes(rows, 4)
+            return kept + max(cast + partials(rows) + tile, s.exchanged_bytes, after)
 
         rows, peak = _pick(_chunk_steps(s.N, _TRITON_MIN_ROWS, 8192), budget, peak_of)
         passes = max(1, math.ceil(s.N / rows))
@@ -174,7 +191,11 @@ def triton_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[in
     for vocab_chunk in _chunk_steps(s.V, MIN_VOCAB_STEP):
         scratch = s.N * min(vocab_chunk, padded_v) * s.item
         slice_grad = min(vocab_chunk, s.V) * width * 4 if s.needs & {"weight", "lora_b"} else 0
-        peak = max(forward_peak, kept + cast + all_hidden + grad_hidden + scratch + slice_grad)
+        peak = max(
+            forward_peak,
+            kept + s.exchanged_bytes,
+            kept + cast + all_hidden + grad_hidden + scratch + slice_grad,
+        )
         chunks = math.ceil(s.V / vocab_chunk)
         element = s.N * s.V * s.item
         products = len(s.needs & {"hidden", "weight"})

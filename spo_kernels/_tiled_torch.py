@@ -41,6 +41,8 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
     out = {name: torch.empty(N, dtype=acc, device=device) for name in asked - {"is_top1"}}
     if "is_top1" in asked:
         out["is_top1"] = torch.empty(N, dtype=torch.bool, device=device)
+        if call.shard is not None:
+            out["row_max"] = torch.empty(N, dtype=acc, device=device)
     target_logit = torch.empty(N, dtype=acc, device=device)
     logsumexp = torch.empty(N, dtype=acc, device=device)
     rest = torch.empty(N, dtype=acc, device=device)
@@ -66,7 +68,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         squares = torch.zeros(n, dtype=acc, device=device)
         plain_sum = torch.zeros(n, dtype=acc, device=device)
         first_max = torch.zeros(n, dtype=torch.int64, device=device)
-        target = torch.full((n,), float("nan"), dtype=acc, device=device)
+        target = torch.full((n,), call.absent_logit, dtype=acc, device=device)
         sum_w = torch.zeros(n, H, dtype=acc, device=device) if direction is not None else None
         sum_b = None
         if direction_lora is not None:
@@ -131,18 +133,24 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
             "mean_logits": (plain_sum / V)[:m],
             "log_sum_sq_probs": (torch.log(squares) - 2 * torch.log(total))[:m],
             "is_top1": (first_max[:m] == labels[:m]) & (logps == logps),
+            "row_max": run_max[:m],
         }
-        for name in asked:
+        for name in out:
             out[name][part] = values[name]
         for kept, weighted_rows, matrix in (
             (direction, sum_w, inputs.weight),
             (direction_lora, sum_b, inputs.lora_b),
         ):
-            if kept is not None:
-                gain = rest[part] * call.target_slope(target)
-                label_rows = matrix[labels[:m]].to(call.compute_dtype).to(acc)
-                scale = -call.slope / total[:m, None]
-                torch.addcmul(weighted_rows[:m] * scale, gain[:, None], label_rows, out=kept[part])
+            if kept is None:
+                continue
+            scale = -call.slope / total[:m, None]
+            if call.shard is not None:
+                # the label's term waits for the whole softmax
+                torch.mul(weighted_rows[:m], scale, out=kept[part])
+                continue
+            gain = rest[part] * call.target_slope(target)
+            label_rows = matrix[labels[:m]].to(call.compute_dtype).to(acc)
+            torch.addcmul(weighted_rows[:m] * scale, gain[:, None], label_rows, out=kept[part])
 
     entropy = out["entropy"] if "entropy" in asked else None
     kept = Kept(
@@ -175,7 +183,7 @@ def backward(
     capped = call.softcap is not None
     if call.strategy == "direction":
         if grads.entropy is None and not (capped and grads.mean_logits is not None):
-            return backward_direction(call, rows, inputs, kept, grads, need)
+            return backward_direction(call, rows, inputs, kept, grads, need, into)
     acc = _accumulator_dtype(call)
     device, N = inputs.hidden.device, rows.count
     V = inputs.weight.shape[0]

@@ -1,9 +1,12 @@
 """Public ``linear_logprob``: per-token log-probs and their exact gradients without the logits."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
+from spo_kernels import _vocab_parallel
 from spo_kernels._call import Call, Inputs, Kept, RowGrads, Rows
 from spo_kernels._checks import (
     check_choice,
@@ -53,6 +56,7 @@ def linear_logprob(
     budget_bytes: int | None = None,
     strategy: str = "auto",
     backend: str = "auto",
+    group: dist.ProcessGroup | None = None,
     validate: bool = False,
 ) -> LinearLogprobOutput:
     """Compute per-token log-probs of ``labels`` under the head ``weight`` without building logits.
@@ -85,11 +89,16 @@ def linear_logprob(
             itemsize) N (H + 256) + (4VH if weight needs a gradient), N = scored rows.
         strategy: "auto" (the planner's choice), "score", "direction", "resident" or "recompute".
         backend: "auto" (triton on a CUDA tensor, else torch), "torch" or "triton".
+        group: the ranks that share a vocab-parallel head: ``weight``, ``bias`` and ``b`` are this
+            rank's rows (any number, in rank order), everything else is the same on every rank.
+            Labels, results and V are of the whole head. None: the head is whole.
         validate: check labels on the host even where ``scored_rows`` made that unnecessary.
     Returns:
         ``LinearLogprobOutput``, fp32 fields (bool ``is_top1``) in the labels' shape.
     Gradients: hidden, weight, bias, a_out, b through logps, entropy, logsumexp, mean_logits. Not
-        differentiable: labels, is_top1, log_sum_sq_probs; no double backward.
+        differentiable: labels, is_top1, log_sum_sq_probs; no double backward. With a group the
+        upstream gradients have to be the same on every rank; hidden's and a_out's are summed over
+        the ranks, one collective each, and one more in the forward.
     Raises: ValueError (shape, range, device, budget), TypeError (dtype), IndexError (a label
         outside [0, V)), RuntimeError (an empty, sharded weight; double backward),
         NotImplementedError (a strategy or backend that cannot).
@@ -109,9 +118,13 @@ def linear_logprob(
         softcap = check_positive_float(_OP, "softcap", softcap)
     backend = resolve_backend(_OP, backend, hidden)
     refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype})
+    shard = None if group is None else _vocab_parallel.shard_of(_OP, group, weight, labels)
+    vocab_size = weight.shape[0] if shard is None else shard.total
     rows, row_labels, exact = scored_rows_of(
-        _OP, hidden, labels, weight.shape[0], ignore_index, scored_rows, validate
+        _OP, hidden, labels, vocab_size, ignore_index, scored_rows, validate, shard
     )
+    if shard is not None:
+        row_labels = row_labels - shard.start
     lora_a, lora_b = lora if lora is not None else (None, None)
     tensors = (hidden, weight, bias, lora_a, lora_b)
     needs = needed_grads(tensors)
@@ -129,6 +142,7 @@ def linear_logprob(
         gathered=rows.index is not None,
         hidden_dtype=hidden.dtype,
         head_copied=weight.stride(1) != 1,
+        group_size=1 if group is None else group.size(),
         budget_bytes=budget_bytes,
         strategy=strategy,
         device=planned_device(backend, hidden.device),
@@ -144,6 +158,7 @@ def linear_logprob(
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
+        shard=shard,
     )
     values = _LinearLogprobFunction.apply(*tensors, row_labels, rows, call)
     if exact is not None:
@@ -174,6 +189,8 @@ class _LinearLogprobFunction(torch.autograd.Function):
         # autocast would round the fp32 products of the tiles
         with torch.autocast(hidden.device.type, enabled=False):
             values, kept = backend_of(call.backend).forward(call, rows, inputs)
+            if call.shard is not None:
+                values, kept = _vocab_parallel.combine(call, inputs, values, kept)
         ctx.save_for_backward(*inputs, *kept)
         ctx.call, ctx.rows = call, rows
         out = tuple(
@@ -209,6 +226,9 @@ class _LinearLogprobFunction(torch.autograd.Function):
         )
         if all(grad is None for grad in grads) or not need:
             return (None,) * 8
+        run = backend_of(call.backend).backward
+        if call.shard is not None:
+            run = functools.partial(_vocab_parallel.backward, run)
         with torch.autocast(inputs.hidden.device.type, enabled=False):
-            grad = backend_of(call.backend).backward(call, rows, inputs, kept, grads, need)
+            grad = run(call, rows, inputs, kept, grads, need)
         return (*(grad.get(name) for name in GRAD_INPUTS), None, None, None)

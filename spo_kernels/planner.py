@@ -127,6 +127,7 @@ def plan_linear_logprob(
     softcap: float | None = None,
     gathered: bool = True,
     head_copied: bool = False,
+    group_size: int = 1,
     budget_bytes: int | None = None,
     strategy: str = "auto",
     device: str = "cuda:sm_90",
@@ -150,6 +151,7 @@ def plan_linear_logprob(
         bias, lora_rank, softcap: what the logits are made of.
         gathered: whether ignored positions are dropped by a row gather (one more ``[rows, H]``).
         head_copied: whether the weight's last axis is strided, so that slices of it are copied.
+        group_size: ranks that share the vocabulary; ``vocab_size`` is then this rank's part.
         budget_bytes: > 0; default ``default_budget_bytes``: 256 MiB (64 MiB on cpu) + (4 +
             itemsize) N (H + 256) + (4VH if weight needs a gradient).
         strategy: "auto" or one of score, direction, resident, recompute.
@@ -165,6 +167,7 @@ def plan_linear_logprob(
         ("hidden_size", hidden_size, 1),
         ("vocab_size", vocab_size, 1),
         ("lora_rank", lora_rank, 0),
+        ("group_size", group_size, 1),
     ):
         check_size(_OP, name, size, least)
     needs, asked = tuple(needs_grad), tuple(outputs)
@@ -193,6 +196,7 @@ def plan_linear_logprob(
         softcap=softcap,
         gathered=gathered,
         head_copied=head_copied,
+        group_size=group_size,
     )
     allowed = allowed_strategies(sizes.needs, softcap is not None, entropy_grad)
     if strategy != "auto":
@@ -215,6 +219,7 @@ def sizes_of(
     softcap: float | None,
     gathered: bool,
     head_copied: bool,
+    group_size: int = 1,
 ) -> Sizes:
     """Return what the models need of a call."""
     return Sizes(
@@ -231,6 +236,7 @@ def sizes_of(
         gathered=gathered,
         kept_item=2 if dtype == torch.bfloat16 else 4,
         head_copied=head_copied or (weight_dtype or dtype) != dtype,
+        ranks=group_size,
     )
 
 

@@ -48,6 +48,7 @@ LAYERS = {
         "_torch_preference",
         "_torch_preference_terms",
         "_torch_unpaired",
+        "_vocab_parallel",
         "kernels.aot",
     },
     3: {

@@ -51,6 +51,8 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         )
         for name in names
     }
+    if call.shard is not None and "is_top1" in names:
+        out["row_max"] = torch.empty(N, dtype=torch.float32, device=device)
     target_logit = torch.empty(N, dtype=torch.float32, device=device)
     write_exp = 0
     # what is kept to the backward has fp16's precision for bf16, and no rounding of its own else
@@ -98,6 +100,9 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
                 write_exp=write_exp,
             )
             gain = chunk["rest"] * call.target_slope(chunk["target"])
+            if call.shard is not None:
+                # the label's term waits for the whole softmax
+                gain.zero_()
             for i, (kept, matrix) in enumerate(
                 ((direction, inputs.weight), (direction_lora, inputs.lora_b))
             ):
@@ -146,7 +151,7 @@ def backward(
     needs_logits = grads.entropy is not None or grads.mean_logits is not None
     if call.strategy == "direction":
         if grads.entropy is None and not (call.softcap is not None and needs_logits):
-            return backward_direction(call, rows, inputs, kept, grads, need)
+            return backward_direction(call, rows, inputs, kept, grads, need, into)
     # behind a softcap the kept exponential holds its slope too, but the logit is lost
     use_kept = kept.exps is not None and not (call.softcap is not None and needs_logits)
     device, N = inputs.hidden.device, rows.count
@@ -307,8 +312,8 @@ def _score_chunk(
     for name, (part, _) in _STATS.items():
         if part is not None and name in call.outputs:
             parts[part] = partial()
-    # a label no tile owns leaves NaN behind
-    parts["target"] = out["target"].fill_(float("nan"))
+    # what a label that no tile owns leaves behind
+    parts["target"] = out["target"].fill_(call.absent_logit)
     parts["top1"] = torch.full((n,), -1, dtype=torch.int32, device=device)
 
     def launch(v0: int, weight, bias, lora_b, reference, exps_slice, stats: int, mode: int):
@@ -339,8 +344,10 @@ def _score_chunk(
     for v0, weight, bias, lora_b in head.slices():
         exps_slice = None if exps is None else exps[:, v0 : v0 + weight.shape[0]]
         launch(v0, weight, bias, lora_b, reference, exps_slice, stats, write_exp)
+    if "row_max" in out:
+        torch.amax(parts["max"], 0, out=out["row_max"])
     if write_exp:
-        out["row_max"] = torch.empty(n, dtype=torch.float32, device=device)
+        out.setdefault("row_max", torch.empty(n, dtype=torch.float32, device=device))
         out["factor"] = torch.empty(n, dtype=torch.float32, device=device)
     row_kernels.linear_logprob_reduce(
         parts, reference, out, vocab_size=V, stats=stats, write_exp=write_exp
