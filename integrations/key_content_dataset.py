@@ -1,9 +1,8 @@
 """Adds removal levels, or shortened responses, to a preference dataset that TRL has tokenized.
 
 The chat template is rendered once per side and tokenized once with character offsets; the response
-is sliced where TRL's own tokenization starts it. The sides are the responses of a row: chosen and
-rejected, or one completion. Decoding ids and tokenizing again would only give
-the same ids with byte-level BPE.
+is sliced where TRL's own tokenization starts it. Decoding ids and tokenizing again would only give
+the same ids with byte-level BPE. The sides of a row are its responses: a pair or one completion.
 """
 
 import json
