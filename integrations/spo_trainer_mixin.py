@@ -62,9 +62,9 @@ class SPOTrainerMixin:
             given["args"] = self._config(f"{name.split('/')[-1]}-{self._name}")
         args, op = given.get("args"), type(self).__name__
         if not isinstance(args, self._config):
-            kind = self._config.__name__
-            article = "an" if kind.startswith("SPO") else "a"
-            raise TypeError(f"{op}: args must be {article} {kind}, got {type(args).__name__}")
+            raise TypeError(
+                f"{op}: args must be an {self._config.__name__}, got {type(args).__name__}"
+            )
         refuse_unsupported(
             op,
             model,

@@ -315,9 +315,8 @@ def test_refused(name, data, tmp_path):
     with pytest.raises(NotImplementedError, match="encoder-decoder models are not supported"):
         kind(model=t5, args=arguments(tmp_path, config), **rows)
     wrong = arguments(tmp_path, CASES[name].config)
-    article = "an" if config.__name__.startswith("SPO") else "a"
     with pytest.raises(
-        TypeError, match=f"{kind.__name__}: args must be {article} {config.__name__}, got "
+        TypeError, match=f"{kind.__name__}: args must be an {config.__name__}, got "
     ):
         kind(model=data.model(), args=wrong, **rows)
 
