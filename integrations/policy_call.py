@@ -1,6 +1,6 @@
 """Stands in for the policy inside TRL's loss, which passes a batch on to every call it makes.
 
-What the collator adds is meant for one of them: the policy's call with the batch's own input ids.
+What the collator adds is meant for one of them: the one that scores the batch's own labels.
 """
 
 from typing import Any
@@ -30,9 +30,7 @@ class PolicyCall:
         self.output: SPOCausalLMOutput | None = None
 
     def __call__(self, **kwargs: Any) -> Any:
-        # where the batch has none, the trainer makes them of it for its only call
-        own = self.inputs.get("input_ids", kwargs["input_ids"])
-        if not kwargs.get("fused_lm_head") or kwargs["input_ids"] is not own:
+        if not kwargs.get("fused_lm_head"):
             return self.model(**kwargs)
         if self.with_degree:
             kwargs |= self._degree_arguments(kwargs)

@@ -17,7 +17,7 @@ from spo_kernels import PreferenceCollator
 from .degree_collators import UnpairedDegreeCollator
 from .fused_head import FusedHeadSettings, fused_heads_installed_in
 from .key_content_dataset import key_content_columns, map_key_content
-from .policy_call import without_added
+from .policy_call import PolicyCall, without_added
 from .spo_trainer_mixin import SPOTrainerMixin
 from .trl_config import SPOConfig, SPOKTOConfig, SPOSettings
 
@@ -119,6 +119,11 @@ class SPOKTOTrainer(_ReferenceTrainer, KTOTrainer):
     _config = SPOKTOConfig
     _module = kto_trainer
     _sides = ("completion",)
+
+    def _compute_kl_logps(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor | None:
+        # its sequences are none of those that the degree loss reads
+        plain = model.model if isinstance(model, PolicyCall) else model
+        return super()._compute_kl_logps(plain, batch)
 
     def _degree_collator(self) -> UnpairedDegreeCollator:
         degree = self._preference_collator(
