@@ -10,13 +10,21 @@ if TYPE_CHECKING:
         mix_on_policy,
     )
     from spo_kernels.integrations.transformers_trainer import fuse_lm_head
-    from spo_kernels.integrations.trl_config import SPOConfig
+    from spo_kernels.integrations.trl_config import SPOConfig, SPOKTOConfig
+    from spo_kernels.integrations.trl_pair_config import SPOCPOConfig, SPOORPOConfig
+    from spo_kernels.integrations.trl_pair_trainers import SPOCPOTrainer, SPOORPOTrainer
     from spo_kernels.integrations.trl_patch import TRLPatch, patch_trl
-    from spo_kernels.integrations.trl_trainer import SPOTrainer
+    from spo_kernels.integrations.trl_trainer import SPOKTOTrainer, SPOTrainer
 
 __all__ = [
     "RewardAugmentation",
+    "SPOCPOConfig",
+    "SPOCPOTrainer",
     "SPOConfig",
+    "SPOKTOConfig",
+    "SPOKTOTrainer",
+    "SPOORPOConfig",
+    "SPOORPOTrainer",
     "SPOTrainer",
     "ScoreMarginFilter",
     "TRLPatch",
@@ -27,7 +35,13 @@ __all__ = [
 
 _MODULE_OF = {
     "RewardAugmentation": "data_recipes",
+    "SPOCPOConfig": "trl_pair_config",
+    "SPOCPOTrainer": "trl_pair_trainers",
     "SPOConfig": "trl_config",
+    "SPOKTOConfig": "trl_config",
+    "SPOKTOTrainer": "trl_trainer",
+    "SPOORPOConfig": "trl_pair_config",
+    "SPOORPOTrainer": "trl_pair_trainers",
     "SPOTrainer": "trl_trainer",
     "ScoreMarginFilter": "data_recipes",
     "TRLPatch": "trl_patch",

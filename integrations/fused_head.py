@@ -1,6 +1,6 @@
-"""The fused LM head that SPOTrainer installs: log-probs, and the degree loss of the same forward.
+"""The fused LM head of the SPO trainers: log-probs, and the degree loss of the same forward.
 
-It takes the place of TRL's ``add_fused_lm_head`` and does what DPOTrainer needs of it:
+It takes the place of TRL's ``add_fused_lm_head`` and does what its trainers need of it:
 ``model(..., labels=..., fused_lm_head=True)`` returns per-token log-probs without logits, any other
 call is the model's own.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from spo_kernels import linear_logprob
@@ -59,18 +58,20 @@ class FusedHeadSettings:
 
 
 @contextmanager
-def fused_heads_installed_by_dpo_trainer(settings: FusedHeadSettings) -> Iterator[None]:
-    """Let ``DPOTrainer.__init__`` install our fused head on policy and reference model.
+def fused_heads_installed_in(
+    trainer: types.ModuleType, settings: FusedHeadSettings
+) -> Iterator[None]:
+    """Let ``__init__`` of a trainer's module install our fused head on policy and reference model.
 
     It has to happen inside: the reference model is prepared, and its log-probs may be precomputed,
     before that method returns.
     """
-    original = dpo_trainer.add_fused_lm_head
-    dpo_trainer.add_fused_lm_head = functools.partial(install_fused_head, settings=settings)
+    original = trainer.add_fused_lm_head
+    trainer.add_fused_lm_head = functools.partial(install_fused_head, settings=settings)
     try:
         yield
     finally:
-        dpo_trainer.add_fused_lm_head = original
+        trainer.add_fused_lm_head = original
 
 
 def install_fused_head(

@@ -27,8 +27,8 @@ def require_head(folder: str) -> None:
     """Raise FileNotFoundError unless the checkpoint in ``folder`` has a degree head."""
     if not _file(folder).is_file():
         raise FileNotFoundError(
-            f"SPOTrainer: checkpoint {str(folder)!r} must hold {HEAD_FILE}, got none. It was not "
-            "saved by SPOTrainer with gamma > 0; start from it as a model instead of resuming."
+            f"SPO trainer: checkpoint {str(folder)!r} must hold {HEAD_FILE}, got none. It was not "
+            "saved by an SPO trainer with gamma > 0; start from it as a model instead of resuming."
         )
 
 
@@ -40,7 +40,7 @@ def load_head(head: DegreeHead, folder: str) -> None:
         saved = state[name]
         if saved.shape != parameter.shape:
             raise ValueError(
-                f"SPOTrainer: the degree head in {str(folder)!r} must have {name} of shape "
+                f"SPO trainer: the degree head in {str(folder)!r} must have {name} of shape "
                 f"{tuple(parameter.shape)}, got {tuple(saved.shape)}. Resume with the num_degrees "
                 "and share_degree_head of that run."
             )

@@ -2,7 +2,7 @@
 
 The chat template is rendered once per side and tokenized once with character offsets; the response
 is sliced where TRL's own tokenization starts it. Decoding ids and tokenizing again would only give
-the same ids with byte-level BPE.
+the same ids with byte-level BPE. The sides of a row are its responses: a pair or one completion.
 """
 
 import json
@@ -21,7 +21,7 @@ from spo_kernels import (
     shorten,
 )
 
-SIDES = ("chosen", "rejected")
+PAIR = ("chosen", "rejected")
 
 # stands for a content that no one writes
 _MARK = "\ue000\ue001"
@@ -32,17 +32,17 @@ _LEVEL_COLUMNS = {"removal_levels": List(Value("int8"))}
 _VIEW_COLUMNS = {"view_ids": List(List(Value("int32"))), "view_starts": List(Value("int32"))}
 
 
-def key_content_columns(view: str) -> dict[str, Any]:
+def key_content_columns(view: str, sides: Sequence[str] = PAIR) -> dict[str, Any]:
     """Return the columns that ``add_key_content`` adds, with their types."""
     columns = _LEVEL_COLUMNS if view == "hidden" else _VIEW_COLUMNS
-    return {f"{side}_{name}": kind for side in SIDES for name, kind in columns.items()}
+    return {f"{side}_{name}": kind for side in sides for name, kind in columns.items()}
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that cannot say where its tokens come from."""
     if not tokenizer.is_fast:
         raise NotImplementedError(
-            "SPOTrainer: processing_class must be a fast tokenizer, got the slow "
+            "SPO trainer: processing_class must be a fast tokenizer, got the slow "
             f"{type(tokenizer).__name__}, which gives no character offsets. Use its fast version."
         )
 
@@ -55,15 +55,23 @@ def map_key_content(
     num_degrees: int,
     view: str,
     stop_words: Sequence[str],
+    sides: Sequence[str] = PAIR,
+    pair_length: int | None = None,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Return ``dataset`` with the columns of ``key_content_columns``, computed once and cached."""
+    """Return ``dataset`` with the columns of ``key_content_columns``, computed once and cached.
+
+    With ``pair_length`` its sequences are those of CPO and ORPO: ``<side>_prompt_ids`` for each
+    side, a start and an end token around the text, the response cut where they are that long.
+    """
     arguments = {
         "tokenizer": tokenizer,
         "num_degrees": num_degrees,
         "view": view,
         # sorted, since the cache key is a hash of the arguments
         "stop_words": sorted(stop_words),
+        "sides": tuple(sides),
+        "pair_length": pair_length,
         "version": KEY_CONTENT_VERSION,
     }
     if isinstance(dataset, IterableDataset):
@@ -72,7 +80,7 @@ def map_key_content(
         add_key_content,
         fn_kwargs=arguments,
         # without them the first rows would decide: lists that are empty there have no type
-        features=Features({**dataset.features, **key_content_columns(view)}),
+        features=Features({**dataset.features, **key_content_columns(view, sides)}),
         num_proc=num_proc,
         desc=f"Finding key content in {name} dataset",
     )
@@ -85,13 +93,16 @@ def add_key_content(
     view: str,
     stop_words: Sequence[str],
     version: int,
+    sides: Sequence[str] = PAIR,
+    pair_length: int | None = None,
 ) -> dict[str, Any]:
     """Return one example's new columns; ``version`` is there only to be part of cache keys."""
     columns = {}
-    for side in SIDES:
-        response = _Response.of(example, side, tokenizer)
+    for side in sides:
+        response = _Response.of(example, side, tokenizer, pair_length)
+        prompt_ids = example[f"{side}_prompt_ids" if pair_length is not None else "prompt_ids"]
         text = response.text()
-        offsets = _completion_offsets(response, text, example["prompt_ids"], example[f"{side}_ids"])
+        offsets = _completion_offsets(response, text, prompt_ids, example[f"{side}_ids"])
         document = "\n".join(response.contents)
         phrases = extract_key_content(document, stop_words)
         levels = character_levels(len(document), phrases, num_degrees)
@@ -99,8 +110,7 @@ def add_key_content(
             columns[f"{side}_removal_levels"] = _token_levels(response, text, offsets, levels)
         else:
             views = [
-                _view(response, levels, number, example["prompt_ids"])
-                for number in range(1, num_degrees)
+                _view(response, levels, number, prompt_ids) for number in range(1, num_degrees)
             ]
             columns[f"{side}_view_ids"] = [ids for ids, _ in views]
             columns[f"{side}_view_starts"] = [start for _, start in views]
@@ -115,21 +125,26 @@ class _Response(NamedTuple):
     completion: Any
     template: dict[str, Any] | None  # None: plain text
     contents: list[str]
+    pair_length: int | None = None
 
     @classmethod
     def of(
-        cls, example: dict[str, Any], side: str, tokenizer: PreTrainedTokenizerBase
+        cls,
+        example: dict[str, Any],
+        side: str,
+        tokenizer: PreTrainedTokenizerBase,
+        pair_length: int | None,
     ) -> "_Response":
         prompt, completion = example["prompt"], example[side]
         if not is_conversational({"prompt": prompt}):
             # the end-of-sequence token was added by TRL and is no content
             content = completion.removesuffix(tokenizer.eos_token)
-            return cls(tokenizer, prompt, completion, None, [content])
+            return cls(tokenizer, prompt, completion, None, [content], pair_length)
         tools = example.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         template = {"tools": tools, **example.get("chat_template_kwargs", {})}
         contents = [message["content"] for message in completion if _has_content(message)]
-        return cls(tokenizer, prompt, completion, template, contents)
+        return cls(tokenizer, prompt, completion, template, contents, pair_length)
 
     def text(self) -> str:
         """Return what TRL tokenized: prompt and response, rendered."""
@@ -141,10 +156,16 @@ class _Response(NamedTuple):
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return ids and character offsets of ``text``."""
         # a chat template writes its special tokens itself
-        encoded = self.tokenizer(
-            text, add_special_tokens=self.template is None, return_offsets_mapping=True
-        )
-        return encoded["input_ids"], encoded["offset_mapping"]
+        special = self.template is None and self.pair_length is None
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        if self.pair_length is not None:
+            start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            if start is not None and ids[:1] != [start]:
+                ids, offsets = [start, *ids], [(0, 0), *offsets]
+            if ids[-1:] != [end]:
+                ids, offsets = [*ids, end], [*offsets, (len(text), len(text))]
+        return ids, offsets
 
     def with_contents(self, contents: list[str]) -> "_Response":
         """Return the same response with other content, in the same frame of template text."""
@@ -164,7 +185,7 @@ def _has_content(message: dict[str, Any]) -> bool:
         return False
     if not isinstance(message["content"], str):
         raise TypeError(
-            "SPOTrainer: the content of a message must be text, "
+            "SPO trainer: the content of a message must be text, "
             f"got {type(message['content']).__name__}"
         )
     return True
@@ -176,15 +197,16 @@ def _completion_offsets(
     """Return the characters of each completion token; the ids have to be TRL's."""
     ids, offsets = response.tokens(text)
     start = len(prompt_ids)
-    if ids[:start] != prompt_ids or ids[start:] != completion_ids:
+    end = len(ids) if response.pair_length is None else start + len(completion_ids)
+    if ids[:start] != prompt_ids or ids[start:end] != completion_ids:
         raise ValueError(
-            "SPOTrainer: tokenizing the rendered conversation gave other ids than TRL's "
+            "SPO trainer: tokenizing the rendered conversation gave other ids than TRL's "
             f"({len(ids)} tokens against {start} + {len(completion_ids)}). The chat template must "
             "render the same text each time and the dataset must be tokenized with this tokenizer. "
             "Delete the dataset cache, or fix the date in chat_template_kwargs if the template "
             "prints today's."
         )
-    return offsets[start:]
+    return offsets[start:end]
 
 
 def _token_levels(
@@ -238,4 +260,5 @@ def _view(
         base += len(content) + 1
     ids, _ = response.tokens(response.with_contents(contents).text())
     start = common_prefix_length(prompt_ids, ids)
-    return ids[start:], start
+    end = None if response.pair_length is None else max(start, response.pair_length)
+    return ids[start:end], start

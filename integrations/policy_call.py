@@ -1,6 +1,6 @@
 """Stands in for the policy inside TRL's loss, which passes a batch on to every call it makes.
 
-What the collator adds is meant for one of them: the policy's call with the batch's own input ids.
+What the collator adds is meant for one of them: the one that scores the batch's own labels.
 """
 
 from typing import Any
@@ -30,29 +30,27 @@ class PolicyCall:
         self.output: SPOCausalLMOutput | None = None
 
     def __call__(self, **kwargs: Any) -> Any:
-        scores = kwargs.get("fused_lm_head") and kwargs["input_ids"] is self.inputs["input_ids"]
-        if not scores:
+        if not kwargs.get("fused_lm_head"):
             return self.model(**kwargs)
         if self.with_degree:
-            kwargs |= self._degree_arguments()
+            kwargs |= self._degree_arguments(kwargs)
         self.output = self.model(**kwargs)
         return self.output
 
-    def _degree_arguments(self) -> dict[str, Any]:
+    def _degree_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         batch = self.inputs
         if "removal_levels" not in batch:
             raise ValueError(
-                "SPOTrainer: the batch must have removal_levels, got "
-                f"{sorted(batch)}. Use the default data_collator or spo_kernels.PreferenceCollator."
+                "SPO trainer: the batch must have removal_levels, got "
+                f"{sorted(batch)}. Use the default data_collator, or one that returns the same."
             )
         degree = {name: batch[name] for name in ("removal_levels", "segment_offsets")}
         arguments = {"degree_inputs": degree, "scored_rows": batch.get("scored_rows")}
         if "view_input_ids" in batch:
             degree["view_order"] = batch["view_order"]
-            whole = {
-                name: torch.cat((batch[name], batch[f"view_{name}"]))
-                for name in ("input_ids", "attention_mask", "completion_mask")
-            }
-            degree["completion_mask"] = whole.pop("completion_mask")
-            arguments |= whole
+            degree["completion_mask"] = torch.cat(
+                (batch["completion_mask"], batch["view_completion_mask"])
+            )
+            for name in ("input_ids", "attention_mask"):
+                arguments[name] = torch.cat((kwargs[name], batch[f"view_{name}"]))
         return arguments

@@ -1,10 +1,11 @@
-"""``SPOConfig``: TRL's DPOConfig with the settings of the degree loss, all checked on creation."""
+"""``SPOConfig`` and ``SPOKTOConfig``: TRL's settings and the degree loss's, checked on creation."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from trl import DPOConfig
+from trl import DPOConfig, KTOConfig
 
 LOSS_TYPES = (
     "aot",
@@ -26,17 +27,16 @@ LOSS_TYPES = (
 
 
 @dataclass
-class SPOConfig(DPOConfig):
-    """Settings of ``SPOTrainer``: those of ``trl.DPOConfig`` and the ones below.
+class SPOSettings:
+    """The settings that every SPO trainer adds to those of its trainer of TRL.
 
-    The loss is ``alignment loss + gamma * (L_chosen + L_rejected)``, where the alignment loss is
-    DPOTrainer's and L is the mean degree loss of that side's responses. K, gamma, the pooling and
-    the head are this project's definitions; the SPO paper's values are not public.
+    Comes before TRL's config among the bases. K, gamma, the pooling and the head are this project's
+    definitions; the SPO paper's values are not public.
     """
 
     gamma: float = field(
         default=0.1,
-        metadata={"help": "Weight of the degree loss, >= 0. With 0 the trainer is plain DPO."},
+        metadata={"help": "Weight of the degree loss, >= 0. With 0 the trainer is TRL's own."},
     )
     num_degrees: int = field(
         default=4,
@@ -105,73 +105,99 @@ class SPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         if isinstance(self.key_content_stop_words, str):
-            _fail("key_content_stop_words", "be a list of words", self.key_content_stop_words)
-        _check_number("gamma", self.gamma, low=0.0)
+            self._fail("key_content_stop_words", "be a list of words", self.key_content_stop_words)
+        self._check_number("gamma", self.gamma, low=0.0)
         if isinstance(self.num_degrees, bool) or not isinstance(self.num_degrees, int):
-            _fail("num_degrees", "be an int", self.num_degrees)
-        _check_number("num_degrees", self.num_degrees, low=2, high=16)
+            self._fail("num_degrees", "be an int", self.num_degrees)
+        self._check_number("num_degrees", self.num_degrees, low=2, high=16)
         for name in ("view", "pooling", "kernel_backend"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            _check_choice(name, getattr(self, name), choices)
+            self._check_listed(name)
         if self.pooling == "last" and self.view == "hidden":
-            _fail(
+            self._fail(
                 "pooling",
                 "be 'mean' with view='hidden', whose views all end in the same token",
                 "'last'",
             )
-        _check_number("degree_head_learning_rate", self.degree_head_learning_rate, above=0.0)
+        self._check_number("degree_head_learning_rate", self.degree_head_learning_rate, above=0.0)
         if self.logprob_budget_mib is not None:
-            _check_number("logprob_budget_mib", self.logprob_budget_mib, above=0.0)
+            self._check_number("logprob_budget_mib", self.logprob_budget_mib, above=0.0)
+        if self.max_length is not None:
+            self._check_number("max_length", self.max_length, low=2)
+        super().__post_init__()
 
+    def _fail(self, argument: str, requirement: str, got: Any) -> NoReturn:
+        raise ValueError(f"{type(self).__name__}: {argument} must {requirement}, got {got}")
+
+    def _check_choice(self, argument: str, value: Any, choices: Sequence[str]) -> None:
+        if value not in choices:
+            names = ", ".join(repr(name) for name in choices)
+            self._fail(argument, f"be one of {names}", repr(value))
+
+    def _check_listed(self, name: str) -> None:
+        choices = self.__dataclass_fields__[name].metadata["choices"]
+        self._check_choice(name, getattr(self, name), choices)
+
+    def _check_number(
+        self,
+        argument: str,
+        value: Any,
+        *,
+        low: float | None = None,
+        above: float | None = None,
+        below: float | None = None,
+        high: float | None = None,
+    ) -> None:
+        bounds = {">=": low, ">": above, "<": below, "<=": high}
+        requirement = " and ".join(
+            f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None
+        )
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        inside = (
+            number
+            and math.isfinite(value)
+            and (low is None or value >= low)
+            and (above is None or value > above)
+            and (below is None or value < below)
+            and (high is None or value <= high)
+        )
+        if not inside:
+            self._fail(argument, f"be a finite number {requirement}".rstrip(), value)
+
+
+@dataclass
+class SPOConfig(SPOSettings, DPOConfig):
+    """Settings of ``SPOTrainer``: those of ``trl.DPOConfig`` and of ``SPOSettings``."""
+
+    def __post_init__(self) -> None:
         loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         if not loss_types:
-            _fail("loss_type", "name at least one loss", loss_types)
+            self._fail("loss_type", "name at least one loss", loss_types)
         for name in loss_types:
-            _check_choice("loss_type", name, LOSS_TYPES)
-        _check_number("beta", self.beta, above=0.0)
-        _check_number("label_smoothing", self.label_smoothing, low=0.0, below=0.5)
+            self._check_choice("loss_type", name, LOSS_TYPES)
+        self._check_number("beta", self.beta, above=0.0)
+        self._check_number("label_smoothing", self.label_smoothing, low=0.0, below=0.5)
         if "exo_pair" in loss_types:
             # its target distribution has the logarithm of the smoothing in it
-            _check_number("label_smoothing of exo_pair", self.label_smoothing, above=0.0)
-        _check_number("discopop_tau", self.discopop_tau, above=0.0)
+            self._check_number("label_smoothing of exo_pair", self.label_smoothing, above=0.0)
+        self._check_number("discopop_tau", self.discopop_tau, above=0.0)
         if self.ld_alpha is not None:
-            _check_number("ld_alpha", self.ld_alpha, low=0.0, high=1.0)
-        if self.max_length is not None:
-            _check_number("max_length", self.max_length, low=2)
+            self._check_number("ld_alpha", self.ld_alpha, low=0.0, high=1.0)
         super().__post_init__()
 
 
-def _fail(argument: str, requirement: str, got: Any) -> NoReturn:
-    raise ValueError(f"SPOConfig: {argument} must {requirement}, got {got}")
+@dataclass
+class SPOKTOConfig(SPOSettings, KTOConfig):
+    """Settings of ``SPOKTOTrainer``: those of ``trl.KTOConfig`` and of ``SPOSettings``."""
 
-
-def _check_choice(argument: str, value: Any, choices: tuple[str, ...] | list[str]) -> None:
-    if value not in choices:
-        names = ", ".join(repr(name) for name in choices)
-        _fail(argument, f"be one of {names}", repr(value))
-
-
-def _check_number(
-    argument: str,
-    value: Any,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    high: float | None = None,
-) -> None:
-    bounds = {">=": low, ">": above, "<": below, "<=": high}
-    requirement = " and ".join(
-        f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None
-    )
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    inside = (
-        number
-        and math.isfinite(value)
-        and (low is None or value >= low)
-        and (above is None or value > above)
-        and (below is None or value < below)
-        and (high is None or value <= high)
-    )
-    if not inside:
-        _fail(argument, f"be a finite number {requirement}", value)
+    def __post_init__(self) -> None:
+        self._check_listed("loss_type")
+        self._check_number("beta", self.beta, above=0.0)
+        self._check_number("desirable_weight", self.desirable_weight, low=0.0)
+        self._check_number("undesirable_weight", self.undesirable_weight, low=0.0)
+        if not self.share_degree_head:
+            self._fail(
+                "share_degree_head",
+                "be True, since a row has one response and so one head to read it",
+                self.share_degree_head,
+            )
+        super().__post_init__()

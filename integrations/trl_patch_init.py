@@ -24,8 +24,13 @@ def install_on(model: nn.Module, outputs: tuple[str, ...], settings: FusedHeadSe
     return True
 
 
+def mark_fused_head(trainer: Any, outputs: tuple[str, ...], settings: FusedHeadSettings) -> None:
+    """Install the fused head on a trainer's policy; its methods learn whether there is one."""
+    setattr(trainer, _MARK, install_on(trainer.model, outputs, settings))
+
+
 def has_fused_head(trainer: Any) -> bool:
-    """Whether the trainer was built under the patch: its models can score without logits."""
+    """Whether the trainer's models can score without logits: built under the patch, or by SPO."""
     return vars(trainer).get(_MARK, False)
 
 

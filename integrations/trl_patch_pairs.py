@@ -16,19 +16,21 @@ from .trl_patch_init import fused_head_after_init, has_fused_head
 _CPO = "trl.experimental.cpo.cpo_trainer"
 _ORPO = "trl.experimental.orpo.orpo_trainer"
 _TPO = "trl.experimental.tpo.tpo_trainer"
+# what the methods of CPO and ORPO below read, besides log-probs
+PAIR_OUTPUTS = ("position_mean_logits",)
 _NO_LOGITS = "scores chosen and rejected labels on the fused head, without logits"
 
 
 def changes(settings: FusedHeadSettings) -> list[Change]:
     """Return the changes that serve CPO, ORPO and TPO."""
-    per_position = fused_head_after_init(("position_mean_logits",), settings)
+    per_position = fused_head_after_init(PAIR_OUTPUTS, settings)
     per_token = fused_head_after_init(("entropy", "mean_logits", "is_top1"), settings)
     install = "installs the fused head on the policy"
     return [
         Change(f"{_CPO}:CPOTrainer", "__init__", install, per_position),
-        Change(f"{_CPO}:CPOTrainer", "concatenated_forward", _NO_LOGITS, _cpo_forward),
+        Change(f"{_CPO}:CPOTrainer", "concatenated_forward", _NO_LOGITS, cpo_forward),
         Change(f"{_ORPO}:ORPOTrainer", "__init__", install, per_position),
-        Change(f"{_ORPO}:ORPOTrainer", "concatenated_forward", _NO_LOGITS, _orpo_forward),
+        Change(f"{_ORPO}:ORPOTrainer", "concatenated_forward", _NO_LOGITS, orpo_forward),
         Change(f"{_TPO}:TPOTrainer", "__init__", install, per_token),
         Change(f"{_TPO}:TPOTrainer", "_compute_loss", _NO_LOGITS, _tpo_loss),
         Change(
@@ -46,7 +48,7 @@ def _score_pairs(
     """Run chosen and rejected sequences through the fused head, in the model's own forward."""
     router = {"output_router_logits": True} if trainer.aux_loss_enabled else {}
     return model(
-        joined["concatenated_input_ids"],
+        input_ids=joined["concatenated_input_ids"],
         attention_mask=joined["concatenated_attention_mask"],
         labels=labels,
         fused_lm_head=True,
@@ -58,7 +60,9 @@ def _halves(values: torch.Tensor, chosen: int) -> tuple[torch.Tensor, torch.Tens
     return values[:chosen], values[chosen:]
 
 
-def _cpo_forward(original: Callable[..., tuple]) -> Callable[..., tuple]:
+def cpo_forward(original: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Return CPO's ``concatenated_forward`` for the fused head; without one, ``original``."""
+
     @functools.wraps(original)
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple:
         if not has_fused_head(self):
@@ -83,7 +87,9 @@ def _cpo_forward(original: Callable[..., tuple]) -> Callable[..., tuple]:
     return concatenated_forward
 
 
-def _orpo_forward(original: Callable[..., tuple]) -> Callable[..., tuple]:
+def orpo_forward(original: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Return ORPO's ``concatenated_forward`` for the fused head; without one, ``original``."""
+
     @functools.wraps(original)
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple:
         if not has_fused_head(self):

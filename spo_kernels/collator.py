@@ -24,7 +24,6 @@ import torch
 
 from spo_kernels._checks import check_choice, fail
 
-_SIDES = ("chosen", "rejected")
 _OP = "PreferenceCollator"
 
 
@@ -48,7 +47,7 @@ class PreferenceCollator:
     view="hidden" ``<side>_removal_levels`` (one level a completion token), for view="text"
     ``<side>_view_ids`` (completion ids of views 1..K-1, [] where a view removes nothing more) and
     ``<side>_view_starts`` (how many prompt ids come before them). Optional: ``ref_chosen_logps``
-    and ``ref_rejected_logps``.
+    and ``ref_rejected_logps``; ``<side>_prompt_ids`` in place of ``prompt_ids``.
 
     Args:
         pad_token_id: fills ``input_ids`` on the right.
@@ -56,6 +55,7 @@ class PreferenceCollator:
         max_length: longer sequences are cut, or None.
         truncation_mode: "keep_start" or "keep_end", which part survives the cut.
         pad_to_multiple_of: pads T up to a multiple of it, or None.
+        sides: the responses of an example; a batch holds all those of the first side first.
     """
 
     pad_token_id: int
@@ -63,13 +63,14 @@ class PreferenceCollator:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
+    sides: tuple[str, ...] = ("chosen", "rejected")
 
     def __post_init__(self) -> None:
         check_choice(_OP, "view", self.view, ("hidden", "text"))
         check_choice(_OP, "truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        rows = [(example, side) for side in _SIDES for example in examples]
+        rows = [(example, side) for side in self.sides for example in examples]
         originals = [self._original(example, side) for example, side in rows]
         views = [self._views(*row) if self.view == "text" else [] for row in rows]
         for original, shortened in zip(originals, views, strict=True):
@@ -94,7 +95,7 @@ class PreferenceCollator:
         return batch
 
     def _original(self, example: dict[str, Any], side: str) -> _Sequence:
-        prompt, completion = example["prompt_ids"], example[f"{side}_ids"]
+        completion = example[f"{side}_ids"]
         levels = [0] * len(completion)
         if self.view == "hidden":
             name = f"{side}_removal_levels"
@@ -103,15 +104,15 @@ class PreferenceCollator:
             levels = example[name]
             if len(levels) != len(completion):
                 fail(_OP, name, f"have {len(completion)} levels like {side}_ids", len(levels))
-        return self._sequence(prompt, completion, levels)
+        return self._sequence(_prompt_of(example, side), completion, levels)
 
     def _views(self, example: dict[str, Any], side: str) -> list[tuple[int, _Sequence]]:
         name = f"{side}_view_ids"
         if name not in example:
             fail(_OP, name, "be a column of the examples", sorted(example))
-        starts = example[f"{side}_view_starts"]
+        starts, prompt = example[f"{side}_view_starts"], _prompt_of(example, side)
         return [
-            (view, self._sequence(example["prompt_ids"][:start], ids, [0] * len(ids)))
+            (view, self._sequence(prompt[:start], ids, [0] * len(ids)))
             for view, (ids, start) in enumerate(zip(example[name], starts, strict=True), start=1)
             if ids
         ]
@@ -136,6 +137,11 @@ class PreferenceCollator:
             f"{prefix}attention_mask": _padded(ones, length, 0, torch.int64),
             f"{prefix}completion_mask": _padded(completion, length, 0, torch.int64),
         }
+
+
+def _prompt_of(example: dict[str, Any], side: str) -> list[int]:
+    name = f"{side}_prompt_ids"
+    return example[name if name in example else "prompt_ids"]
 
 
 def _drop_repeats(original: _Sequence, shortened: list[tuple[int, _Sequence]]) -> None:

@@ -5,7 +5,7 @@ from transformers import HfArgumentParser
 from trl_tiny import arguments
 
 from spo_kernels.integrations import SPOConfig, trl_version
-from spo_kernels.integrations.trl_config import LOSS_TYPES
+from spo_kernels.integrations.trl_config import LOSS_TYPES, SPOSettings
 
 BAD = [
     ({"gamma": -0.1}, "gamma must be a finite number >= 0.0, got -0.1"),
@@ -47,7 +47,8 @@ def test_defaults(tmp_path):
 
 
 def test_command_line(tmp_path):
-    own = set(SPOConfig.__annotations__)
+    own = set(SPOSettings.__annotations__)
+    assert own < set(SPOConfig.__dataclass_fields__)
     for name, field in SPOConfig.__dataclass_fields__.items():
         if name in own:
             assert field.metadata["help"].endswith("."), name

@@ -16,7 +16,7 @@ from spo_kernels.integrations import lm_head
 from spo_kernels.integrations.degree_head import DegreeHead
 from spo_kernels.integrations.fused_head import (
     FusedHeadSettings,
-    fused_heads_installed_by_dpo_trainer,
+    fused_heads_installed_in,
     install_fused_head,
 )
 
@@ -146,7 +146,7 @@ def test_nothing_to_score():
 
 def test_installed_and_undone():
     original = dpo_trainer.add_fused_lm_head
-    with pytest.raises(KeyError), fused_heads_installed_by_dpo_trainer(SETTINGS):
+    with pytest.raises(KeyError), fused_heads_installed_in(dpo_trainer, SETTINGS):
         assert dpo_trainer.add_fused_lm_head is not original
         raise KeyError
     assert dpo_trainer.add_fused_lm_head is original

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from spo_naive import naive_metrics, randomize_head
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_tiny import Tiny, arguments, history
@@ -48,74 +48,12 @@ def test_gamma_zero_is_dpo(tiny, tmp_path, settings):
     assert not any("degree" in name for name, _ in trainer.model.named_parameters())
 
 
-def pooled_views(trainer, row: dict, side: str) -> dict[int, torch.Tensor]:
-    """Return view -> pooled state of one response, one plain forward pass per sequence."""
-
-    def states(prompt_ids, completion_ids):
-        ids = torch.tensor([prompt_ids + completion_ids])
-        return trainer.model.base_model(input_ids=ids).last_hidden_state[0, len(prompt_ids) :]
-
-    prompt_ids = row["prompt_ids"]
-    whole = states(prompt_ids, row[f"{side}_ids"])
-    if trainer.args.view == "hidden":
-        levels = torch.tensor(row[f"{side}_removal_levels"])
-        views = {0: whole} | {
-            k: whole[(levels == 0) | (levels > k)]
-            for k in range(1, trainer.args.num_degrees)
-            if (levels == k).any()
-        }
-    else:
-        starts = row[f"{side}_view_starts"]
-        views = {0: whole} | {
-            k: states(prompt_ids[: starts[k - 1]], ids)
-            for k, ids in enumerate(row[f"{side}_view_ids"], start=1)
-            if ids
-        }
-    last = trainer.args.pooling == "last"
-    return {k: kept[-1] if last else kept.mean(dim=0) for k, kept in views.items()}
-
-
-def naive_metrics(trainer, rows) -> dict[str, float | torch.Tensor]:
-    """Return the metrics of an evaluation over ``rows`` from plain loops over one response each."""
-    head, sides = trainer._degree_head, ("chosen", "rejected")
-    total, correct, counted, empty = torch.zeros(()), 0, [0] * trainer.args.num_degrees, 0
-    for row in rows:
-        for number, side in enumerate(sides):
-            views = pooled_views(trainer, row, side)
-            if len(views) == 1:
-                empty += 1
-                continue
-            chunk = 0 if trainer.args.share_degree_head else number
-            weight = head.weight.split(trainer.args.num_degrees)[chunk]
-            bias = head.bias.split(trainer.args.num_degrees)[chunk]
-            states = torch.stack(list(views.values()))
-            if trainer.args.center_views:
-                states = states - states.mean(dim=0)
-            logits, degrees = F.linear(states, weight, bias), torch.tensor(list(views))
-            total = total + F.cross_entropy(logits, degrees)
-            correct += (logits.argmax(dim=1) == degrees).sum().item()
-            for view in views:
-                counted[view] += 1
-    return {
-        "degree_loss": total / len(rows),
-        "degree_accuracy": correct / sum(counted),
-        "degree_chance": max(counted) / sum(counted),
-        "no_key_content": empty / (2 * len(rows)),
-    }
-
-
 SETTINGS = [
     {},
     {"center_views": True, "share_degree_head": False, "num_degrees": 3},
     {"view": "text"},
     {"view": "text", "pooling": "last", "share_degree_head": False},
 ]
-
-
-def randomize_head(trainer) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in trainer._degree_head.parameters():
-        torch.nn.init.normal_(parameter, generator=generator)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -265,14 +265,15 @@ def build(
     folder: Path,
     adapter: LoraConfig | None = None,
     *,
+    case: Case | None = None,
     vocab_size: int | None = None,
     steps: int = 10,
     ref_model: LlamaForCausalLM | None = None,
     eval_dataset: bool = False,
     **changes,
 ):
-    """Build a trainer of ``CASES``, the same one every time."""
-    case = CASES[name]
+    """Build a trainer of ``CASES``, or ``case`` in its place, the same one every time."""
+    case = case or CASES[name]
     values = {
         "output_dir": str(folder),
         "max_steps": steps,
