@@ -6,6 +6,7 @@ architectures: a decoder, a head right beside it, transformers' own loss of the 
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -58,8 +59,7 @@ def causal_model(op: str, model: torch.nn.Module) -> PreTrainedModel:
     head = model.get_output_embeddings()
     if head is None:
         refuse("have an LM head")
-    # such as the dense layers between BERT's relatives and their vocabulary
-    if len(parts_beside_head(model)) != 1 or len(list(model.children())) != 2:
+    if not is_decoder_and_head(model):
         parts = ", ".join(name for name, _ in model.named_children())
         refuse("consist of a decoder and an LM head only", f"{name} of {parts}")
     head_layers(op, head)
@@ -76,14 +76,20 @@ def router_loss(
     # DeepSeek-V3's relatives balance their experts with a bias instead
     if balance is None:
         return None
-    return balance(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+    # vision-language models read their config each time
+    held = (model, model.config.get_text_config())
+    experts, per_token = (
+        next(getattr(owner, name) for owner in held if hasattr(owner, name))
+        for name in ("num_experts", "num_experts_per_tok")
+    )
+    return balance(router_logits, experts, per_token, attention_mask)
 
 
 def _balance_function(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
     """Return the function that this family's forward calls, each has a version of its own."""
-    if "load_balancing_loss_func" not in names_in_forward(model):
-        return None
-    return inspect.unwrap(type(model).forward).__globals__["load_balancing_loss_func"]
+    name = "load_balancing_loss_func"
+    users = (forward for forward in _forwards(model) if name in forward.__code__.co_names)
+    return next((forward.__globals__[name] for forward in users), None)
 
 
 def router_coefficient(model: PreTrainedModel) -> float:
@@ -92,10 +98,32 @@ def router_coefficient(model: PreTrainedModel) -> float:
     return getattr(model, name)
 
 
-def parts_beside_head(model: PreTrainedModel) -> list[torch.nn.Module]:
+def is_decoder_and_head(model: PreTrainedModel) -> bool:
+    """Whether nothing is between decoder and vocabulary, such as BERT's relatives' dense layer."""
+    parts = list(model.children())
+    return len(parts) == 2 and model.get_output_embeddings() in parts
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """Return what computes the hidden states: beside the head there may be modules of others."""
+    if not is_decoder_and_head(model):
+        return model.base_model
+    # Llama 4's base_model is the model itself
     head = model.get_output_embeddings()
-    return [part for part in model.children() if part is not head]
+    [decoder] = (part for part in model.children() if part is not head)
+    return decoder
 
 
-def names_in_forward(model: PreTrainedModel) -> tuple[str, ...]:
-    return inspect.unwrap(type(model).forward).__code__.co_names
+def names_in_forward(model: PreTrainedModel) -> set[str]:
+    """Return every name and string that the forward of a model's class uses."""
+    found: set[str] = set()
+    for forward in _forwards(model):
+        constants = forward.__code__.co_consts
+        found.update(forward.__code__.co_names, (c for c in constants if isinstance(c, str)))
+    return found
+
+
+def _forwards(model: PreTrainedModel) -> list[Callable[..., Any]]:
+    """Return the forward of the model's class and of those it extends, which it may call."""
+    own = (vars(kind).get("forward") for kind in type(model).__mro__)
+    return [inspect.unwrap(forward) for forward in own if forward is not None]

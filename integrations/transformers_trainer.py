@@ -17,12 +17,12 @@ from spo_kernels import linear_logprob
 
 from .causal_model import (
     causal_model,
+    decoder_of,
     names_in_forward,
-    parts_beside_head,
     router_coefficient,
     router_loss,
 )
-from .lm_head import head_layers, logit_transform, whole_head
+from .lm_head import head_layers, logit_transform
 
 _OP = "fuse_lm_head"
 _ATTRIBUTE = "_fused_lm_head"
@@ -175,8 +175,7 @@ class FusedLMHead:
             if router_wanted is None:
                 router_wanted = config.output_router_logits
             decoder_inputs["output_router_logits"] = router_wanted
-        [decoder] = parts_beside_head(model)
-        states = decoder(**decoder_inputs, use_cache=False, return_dict=True)
+        states = decoder_of(model)(**decoder_inputs, use_cache=False, return_dict=True)
         loss = self._loss(states.last_hidden_state, given)
         output = CausalLMOutputWithPast
         extra = {}
@@ -216,12 +215,7 @@ class FusedLMHead:
             outputs.append("logsumexp")
         if settings.label_smoothing:
             outputs.append("mean_logits")
-        lora_b = (b.weight for _, _, b, _ in head.lora)
-        with whole_head(weight, head.linear.bias, *lora_b) as (whole, bias, *lora_b):
-            lora = None
-            if lora_b:
-                a_out = torch.cat(head.lora_inputs(hidden), dim=-1)
-                lora = (a_out, torch.cat(lora_b, dim=1).to(a_out.dtype))
+        with head.whole(hidden) as (whole, bias, lora):
             scored = linear_logprob(
                 hidden,
                 whole,
