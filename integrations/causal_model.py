@@ -45,7 +45,7 @@ def causal_model(op: str, model: torch.nn.Module) -> PreTrainedModel:
     if not known & {kind.__name__ for kind in type(model).__mro__}:
         refuse("be a text-only causal language model of transformers")
     # BART's relatives do not shift their labels, ProphetNet predicts several tokens, ...
-    if "loss_function" not in names_in_forward(model):
+    if "loss_function" not in names_used(model, "forward"):
         refuse("take its loss from loss_function", f"a loss of its own in {name}")
     if model.loss_function is not ForCausalLMLoss:
         loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
@@ -88,7 +88,8 @@ def router_loss(
 def _balance_function(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
     """Return the function that this family's forward calls, each has a version of its own."""
     name = "load_balancing_loss_func"
-    users = (forward for forward in _forwards(model) if name in forward.__code__.co_names)
+    forwards = _methods(model, "forward")
+    users = (forward for forward in forwards if name in forward.__code__.co_names)
     return next((forward.__globals__[name] for forward in users), None)
 
 
@@ -114,16 +115,16 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     return decoder
 
 
-def names_in_forward(model: PreTrainedModel) -> set[str]:
-    """Return every name and string that the forward of a model's class uses."""
+def names_used(model: PreTrainedModel, *methods: str) -> set[str]:
+    """Return every name and string in these methods of the model's class."""
     found: set[str] = set()
-    for forward in _forwards(model):
-        constants = forward.__code__.co_consts
-        found.update(forward.__code__.co_names, (c for c in constants if isinstance(c, str)))
+    for method in methods:
+        for code in (function.__code__ for function in _methods(model, method)):
+            found.update(code.co_names, (c for c in code.co_consts if isinstance(c, str)))
     return found
 
 
-def _forwards(model: PreTrainedModel) -> list[Callable[..., Any]]:
-    """Return the forward of the model's class and of those it extends, which it may call."""
-    own = (vars(kind).get("forward") for kind in type(model).__mro__)
-    return [inspect.unwrap(forward) for forward in own if forward is not None]
+def _methods(model: PreTrainedModel, name: str) -> list[Callable[..., Any]]:
+    """Return a method of the model's class, and those it may call of the classes it extends."""
+    own = (inspect.unwrap(vars(kind).get(name)) for kind in type(model).__mro__)
+    return [method for method in own if inspect.isfunction(method)]

@@ -20,7 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from spo_kernels import linear_logprob
 
-from .causal_model import decoder_of, names_in_forward, router_loss
+from .causal_model import decoder_of, names_used, router_loss
 from .lm_head import head_layers, logit_transform
 from .text_views import pool_views, telescope
 
@@ -118,7 +118,7 @@ class FusedForward:
         self.plain_forward = _unbound(model)
         self.outputs = {"log_probs", *outputs}
         self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
-        transform = logit_transform(config, names_in_forward(model))
+        transform = logit_transform(config, names_used(model, "__init__", "forward"))
         self.transform = {"temperature": temperature, **transform}
 
     def __call__(

@@ -30,7 +30,8 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 def logit_transform(config: PretrainedConfig, applied: Collection[str]) -> dict[str, float | None]:
     """Return what the architecture does to its logits, as arguments of ``linear_logprob``.
 
-    Only settings whose names are in ``applied`` count: MPT has a ``logit_scale`` and ignores it.
+    Only settings whose names are in ``applied`` count, the names that the model's class uses: MPT
+    has a ``logit_scale`` and ignores it.
     """
     found = {
         name: getattr(config, name, None) for name in (*LOGIT_SCALES, *SOFTCAPS) if name in applied

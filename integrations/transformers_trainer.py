@@ -18,7 +18,7 @@ from spo_kernels import linear_logprob
 from .causal_model import (
     causal_model,
     decoder_of,
-    names_in_forward,
+    names_used,
     router_coefficient,
     router_loss,
 )
@@ -118,7 +118,9 @@ class FusedLMHead:
         self._model = model
         self._forward = forward
         self._instance_forward = vars(model).get("forward")
-        self._transform = logit_transform(model.config.get_text_config(), names_in_forward(model))
+        self._transform = logit_transform(
+            model.config.get_text_config(), names_used(model, "__init__", "forward")
+        )
         # both live on the model: a deepcopy of it has a handle of its own and calls itself
         setattr(model, _ATTRIBUTE, self)
         model.forward = types.MethodType(forward, model)

@@ -2,11 +2,18 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_trl_fused_head import CONFIGS, SETTINGS, make_batch, make_model
-from transformers import AutoConfig, AutoModelForCausalLM, CohereForCausalLM, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CohereForCausalLM,
+    LlamaForCausalLM,
+    MixtralForCausalLM,
+)
 from trl.trainer import utils as trl_utils
 
 from spo_kernels.integrations import fused_head, trl_patch_init
@@ -58,7 +65,7 @@ def test_scores_as_the_models_own_forward(name, changes, fused):
 
 
 def test_settings_of_a_forward_that_is_extended():
-    """A subclass calls the forward that scales the logits, or looks for the experts' loss."""
+    """A subclass calls the forward that scales or balances; another one reads its cap once."""
 
     class Extended(CohereForCausalLM):
         def forward(self, *args, **inputs):
@@ -68,10 +75,22 @@ def test_settings_of_a_forward_that_is_extended():
         def forward(self, *args, **inputs):
             return super().forward(*args, **inputs)
 
+    class Capped(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.cap = config.final_logit_softcapping
+
+        def forward(self, *args, labels, **inputs):
+            logits = super().forward(*args, **inputs).logits
+            logits = self.cap * torch.tanh(logits / self.cap)
+            return SimpleNamespace(loss=self.loss_function(logits, labels, logits.shape[-1]))
+
+    configs = copy.deepcopy(CONFIGS)
+    configs["llama"].final_logit_softcapping = 0.1
     batch = make_batch()
-    for kind, name in ((Extended, "logit_scale"), (ExtendedExperts, "experts")):
+    for kind, name in ((Extended, "logit_scale"), (ExtendedExperts, "experts"), (Capped, "llama")):
         torch.manual_seed(0)
-        model = kind(copy.deepcopy(CONFIGS[name]))
+        model = kind(configs[name])
         expected = model(**batch)
         fused_head.install_fused_head(model, settings=SETTINGS)
         output = model(**batch, fused_lm_head=True)
