@@ -172,8 +172,10 @@ class FusedLMHead:
         config = model.config.get_text_config()
         decoder_inputs = {k: v for k, v in given.items() if k not in _NOT_FOR_DECODER}
         router_wanted = False
-        if "output_router_logits" in self._forward.__signature__.parameters:
-            router_wanted = given.get("output_router_logits")
+        parameter = self._forward.__signature__.parameters.get("output_router_logits")
+        if parameter is not None:
+            # JetMoe's default was False once, whatever its config
+            router_wanted = given.get("output_router_logits", parameter.default)
             if router_wanted is None:
                 router_wanted = config.output_router_logits
             decoder_inputs["output_router_logits"] = router_wanted

@@ -38,9 +38,8 @@ ROUTED = {"num_local_experts": 4, "output_router_logits": True}
         ("mpt", MPT, True),
         # base_model is the model itself
         ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 24}, True),
-        # the number of experts goes by another name in their configs
+        # the number of experts goes by another name in its config
         ("phimoe", ROUTED, True),
-        ("granitemoe", ROUTED, True),
         # a dense layer between decoder and vocabulary
         ("roberta", {"is_decoder": True}, False),
     ],
