@@ -22,11 +22,19 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 COMPILE_TESTS := $(sort $(wildcard tests/test_kernels_compile*.py))
 PYTEST := $(PYTHON) -m pytest -q
 
-.PHONY: help setup demo test lint bench aot gpu gpu-present gpu-test gpu-bench gpu-report
+# what pyproject.toml allows, oldest and newest: trl-transformers
+MATRIX := 1.16.0-5.17.0 1.16.0-5.24.0
+MATRIX_VENVS ?= .venv-matrix
+MATRIX_TESTS := $(sort $(wildcard tests/test_trl*.py tests/test_spo*.py)) tests/test_fuse_lm_head.py \
+	tests/test_train_real_pairs.py tests/test_cli.py
+
+.PHONY: help setup demo test test-matrix trl-tests lint bench aot gpu gpu-present gpu-test gpu-bench gpu-report
 
 help:
 	@echo "make demo    train a small model with SPO on the CPU, about two minutes"
 	@echo "make test    all tests"
+	@echo "make test-matrix  the trl and transformers tests with the oldest and the newest version of each"
+	@echo "make trl-tests TRL_SOURCE=<checkout>  TRL's own trainer tests, unpatched and patched"
 	@echo "make lint    ruff"
 	@echo "make bench   benchmarks on this machine, then the report"
 	@echo "make gpu     GPU tests, benchmarks on the GPU, then the report"
@@ -53,6 +61,26 @@ test: $(SETUP)
 ifneq ($(COMPILE_TESTS),)
 	$(TEST_ENV) TRITON_INTERPRET=0 $(PYTEST) -p no:benchmark -n $(WORKERS) $(COMPILE_TESTS)
 endif
+
+# one environment per combination, about 1.5 GB each
+test-matrix: $(MATRIX:%=test-matrix-%)
+
+test-matrix-%: $(MATRIX_VENVS)/%/.ready
+	TRITON_INTERPRET=1 $(TEST_ENV) $(<D)/bin/python -m pytest -q -p no:benchmark -n $(WORKERS) \
+		--dist worksteal $(MATRIX_TESTS)
+
+$(MATRIX_VENVS)/%/.ready: pyproject.toml Makefile
+	test -x $(@D)/bin/python || $(BOOTSTRAP) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77"
+	$(@D)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(@D)/bin/python -m pip install --quiet -e ".[trl,dev]" \
+		"trl==$(firstword $(subst -, ,$*))" "transformers==$(lastword $(subst -, ,$*))"
+	touch $@
+
+trl-tests: $(SETUP)
+	@test -d "$(TRL_SOURCE)/tests" \
+		|| { echo "make trl-tests needs TRL_SOURCE=<a checkout of TRL>, got '$(TRL_SOURCE)'" >&2; exit 2; }
+	$(TEST_ENV) $(PYTHON) tests/trl_own_tests.py $(TRL_SOURCE) $(TRL_FILES)
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .

@@ -6,6 +6,7 @@ architectures: a decoder, a head right beside it, transformers' own loss of the 
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def causal_model(op: str, model: torch.nn.Module) -> PreTrainedModel:
     if not known & {kind.__name__ for kind in type(model).__mro__}:
         refuse("be a text-only causal language model of transformers")
     # BART's relatives do not shift their labels, ProphetNet predicts several tokens, ...
-    if "loss_function" not in names_in_forward(model):
+    if "loss_function" not in names_used(model, "forward"):
         refuse("take its loss from loss_function", f"a loss of its own in {name}")
     if model.loss_function is not ForCausalLMLoss:
         loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
@@ -58,8 +59,7 @@ def causal_model(op: str, model: torch.nn.Module) -> PreTrainedModel:
     head = model.get_output_embeddings()
     if head is None:
         refuse("have an LM head")
-    # such as the dense layers between BERT's relatives and their vocabulary
-    if len(parts_beside_head(model)) != 1 or len(list(model.children())) != 2:
+    if not is_decoder_and_head(model):
         parts = ", ".join(name for name, _ in model.named_children())
         refuse("consist of a decoder and an LM head only", f"{name} of {parts}")
     head_layers(op, head)
@@ -76,14 +76,21 @@ def router_loss(
     # DeepSeek-V3's relatives balance their experts with a bias instead
     if balance is None:
         return None
-    return balance(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+    # vision-language models read their config each time
+    held = (model, model.config.get_text_config())
+    experts, per_token = (
+        next(getattr(owner, name) for owner in held if hasattr(owner, name))
+        for name in ("num_experts", "num_experts_per_tok")
+    )
+    return balance(router_logits, experts, per_token, attention_mask)
 
 
 def _balance_function(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
     """Return the function that this family's forward calls, each has a version of its own."""
-    if "load_balancing_loss_func" not in names_in_forward(model):
-        return None
-    return inspect.unwrap(type(model).forward).__globals__["load_balancing_loss_func"]
+    name = "load_balancing_loss_func"
+    forwards = _methods(model, "forward")
+    users = (forward for forward in forwards if name in forward.__code__.co_names)
+    return next((forward.__globals__[name] for forward in users), None)
 
 
 def router_coefficient(model: PreTrainedModel) -> float:
@@ -92,10 +99,32 @@ def router_coefficient(model: PreTrainedModel) -> float:
     return getattr(model, name)
 
 
-def parts_beside_head(model: PreTrainedModel) -> list[torch.nn.Module]:
+def is_decoder_and_head(model: PreTrainedModel) -> bool:
+    """Whether nothing is between decoder and vocabulary, such as BERT's relatives' dense layer."""
+    parts = list(model.children())
+    return len(parts) == 2 and model.get_output_embeddings() in parts
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """Return what computes the hidden states: beside the head there may be modules of others."""
+    if not is_decoder_and_head(model):
+        return model.base_model
+    # Llama 4's base_model is the model itself
     head = model.get_output_embeddings()
-    return [part for part in model.children() if part is not head]
+    [decoder] = (part for part in model.children() if part is not head)
+    return decoder
 
 
-def names_in_forward(model: PreTrainedModel) -> tuple[str, ...]:
-    return inspect.unwrap(type(model).forward).__code__.co_names
+def names_used(model: PreTrainedModel, *methods: str) -> set[str]:
+    """Return every name and string in these methods of the model's class."""
+    found: set[str] = set()
+    for method in methods:
+        for code in (function.__code__ for function in _methods(model, method)):
+            found.update(code.co_names, (c for c in code.co_consts if isinstance(c, str)))
+    return found
+
+
+def _methods(model: PreTrainedModel, name: str) -> list[Callable[..., Any]]:
+    """Return a method of the model's class, and those it may call of the classes it extends."""
+    own = (inspect.unwrap(vars(kind).get(name)) for kind in type(model).__mro__)
+    return [method for method in own if inspect.isfunction(method)]

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from spo_kernels import linear_logprob
 
-from .lm_head import head_layers, logit_transform, whole_head
+from .causal_model import decoder_of, names_used, router_loss
+from .lm_head import head_layers, logit_transform
 from .text_views import pool_views, telescope
 
 DEGREE_HEAD = "spo_degree_head"
@@ -118,7 +119,8 @@ class FusedForward:
         self.plain_forward = _unbound(model)
         self.outputs = {"log_probs", *outputs}
         self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
-        self.transform = {"temperature": temperature, **logit_transform(config)}
+        transform = logit_transform(config, names_used(model, "__init__", "forward"))
+        self.transform = {"temperature": temperature, **transform}
 
     def __call__(
         self,
@@ -136,7 +138,7 @@ class FusedForward:
         num_items = inputs.pop("num_items_in_batch", None)
         if getattr(config, "output_router_logits", False):
             inputs.setdefault("output_router_logits", True)
-        states = model.base_model(*args, **{**inputs, "use_cache": False})
+        states = decoder_of(model)(*args, **{**inputs, "use_cache": False})
         device = model.get_output_embeddings().weight.device
         # layers may be spread over devices: everything meets where the head is
         hidden = states.last_hidden_state.to(device)
@@ -151,8 +153,9 @@ class FusedForward:
             if counted is not None and len(counted) > len(targets):
                 counted = counted.clone()
                 counted[len(targets) :] = 0
-            router = _router_loss(config, states.router_logits, counted)
-            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * router
+            router = router_loss(model, states.router_logits, counted)
+            if router is not None:
+                loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * router
         degree = {}
         if degree_inputs is not None:
             module = getattr(model, DEGREE_HEAD)
@@ -175,13 +178,8 @@ class FusedForward:
             exact = torch.autocast(hidden.device.type, enabled=False)
         # the rows after those of the labels are shortened responses, which are not scored
         hidden = hidden[: len(targets)]
-        linear, factors = layers.linear, [b.weight for _, _, b, _ in layers.lora]
-        with exact, whole_head(linear.weight, linear.bias, *factors) as (weight, bias, *factors):
-            lora = None
-            if factors:
-                # dropout is drawn for every position, as PEFT does: a seed drops the same values
-                a_out = torch.cat(layers.lora_inputs(hidden), dim=-1)
-                lora = a_out, torch.cat([b.to(hidden.dtype) for b in factors], dim=-1)
+        # dropout is drawn for every position, as PEFT does: a seed drops the same values
+        with exact, layers.whole(hidden) as (weight, bias, lora):
             length = targets.shape[1]
             scored = linear_logprob(
                 hidden[:, :length],
@@ -252,15 +250,3 @@ def _degree_rows(
         return hidden.flatten(0, 1), levels.flatten(), offsets
     pooled = pool_views(hidden, inputs["completion_mask"], pooling)
     return telescope(pooled, inputs["view_order"], levels, offsets), levels, offsets
-
-
-def _router_loss(
-    config: PretrainedConfig,
-    router_logits: tuple[torch.Tensor, ...],
-    attention_mask: torch.Tensor | None,
-) -> torch.Tensor:
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    return load_balancing_loss_func(
-        router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
-    )

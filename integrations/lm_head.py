@@ -27,17 +27,14 @@ LOGIT_SCALES: dict[str, Callable[[float], float]] = {
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-def logit_transform(
-    config: PretrainedConfig, applied: Collection[str] | None = None
-) -> dict[str, float | None]:
+def logit_transform(config: PretrainedConfig, applied: Collection[str]) -> dict[str, float | None]:
     """Return what the architecture does to its logits, as arguments of ``linear_logprob``.
 
-    With ``applied`` only settings of those names count: MPT has a ``logit_scale`` and ignores it.
+    Only settings whose names are in ``applied`` count, the names that the model's class uses: MPT
+    has a ``logit_scale`` and ignores it.
     """
     found = {
-        name: getattr(config, name, None)
-        for name in (*LOGIT_SCALES, *SOFTCAPS)
-        if applied is None or name in applied
+        name: getattr(config, name, None) for name in (*LOGIT_SCALES, *SOFTCAPS) if name in applied
     }
     scale = next((name for name in LOGIT_SCALES if found.get(name) is not None), None)
     factor = 1.0 if scale is None else LOGIT_SCALES[scale](found[scale])
@@ -56,12 +53,26 @@ class HeadLayers:
     # dropout, A, B, scaling of each active adapter
     lora: tuple[tuple[torch.nn.Module, torch.nn.Linear, torch.nn.Linear, float], ...] = ()
 
-    def lora_inputs(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """Return ``scaling * A(dropout(hidden))`` of each term, in hidden's dtype."""
-        return [
-            (a(dropout(hidden.to(a.weight.dtype))) * scaling).to(hidden.dtype)
-            for dropout, a, _, scaling in self.lora
-        ]
+    @contextmanager
+    def whole(self, hidden: torch.Tensor) -> Iterator[tuple[torch.Tensor, Any, Any]]:
+        """Give weight, bias and lora of ``linear_logprob``, in one piece however they are sharded.
+
+        ``lora`` is ``(scaling * A(dropout(hidden)), B)`` of all terms side by side, or None. All
+        come in hidden's dtype, as far as autocast does not see to that.
+        """
+        factors = [b.weight for _, _, b, _ in self.lora]
+        with whole_head(self.linear.weight, self.linear.bias, *factors) as (weight, bias, *factors):
+            lora = None
+            if factors:
+                terms = [
+                    (a(dropout(hidden.to(a.weight.dtype))) * scaling).to(hidden.dtype)
+                    for dropout, a, _, scaling in self.lora
+                ]
+                lora = torch.cat(terms, dim=-1), torch.cat(factors, dim=-1).to(hidden.dtype)
+            if not torch.is_autocast_enabled(hidden.device.type):
+                weight = weight.to(hidden.dtype)
+                bias = None if bias is None else bias.to(hidden.dtype)
+            yield weight, bias, lora
 
 
 def head_layers(op: str, head: torch.nn.Module) -> HeadLayers:

@@ -17,12 +17,12 @@ from spo_kernels import linear_logprob
 
 from .causal_model import (
     causal_model,
-    names_in_forward,
-    parts_beside_head,
+    decoder_of,
+    names_used,
     router_coefficient,
     router_loss,
 )
-from .lm_head import head_layers, logit_transform, whole_head
+from .lm_head import head_layers, logit_transform
 
 _OP = "fuse_lm_head"
 _ATTRIBUTE = "_fused_lm_head"
@@ -118,7 +118,9 @@ class FusedLMHead:
         self._model = model
         self._forward = forward
         self._instance_forward = vars(model).get("forward")
-        self._transform = logit_transform(model.config.get_text_config(), names_in_forward(model))
+        self._transform = logit_transform(
+            model.config.get_text_config(), names_used(model, "__init__", "forward")
+        )
         # both live on the model: a deepcopy of it has a handle of its own and calls itself
         setattr(model, _ATTRIBUTE, self)
         model.forward = types.MethodType(forward, model)
@@ -170,13 +172,14 @@ class FusedLMHead:
         config = model.config.get_text_config()
         decoder_inputs = {k: v for k, v in given.items() if k not in _NOT_FOR_DECODER}
         router_wanted = False
-        if "output_router_logits" in self._forward.__signature__.parameters:
-            router_wanted = given.get("output_router_logits")
+        parameter = self._forward.__signature__.parameters.get("output_router_logits")
+        if parameter is not None:
+            # JetMoe's default was False once, whatever its config
+            router_wanted = given.get("output_router_logits", parameter.default)
             if router_wanted is None:
                 router_wanted = config.output_router_logits
             decoder_inputs["output_router_logits"] = router_wanted
-        [decoder] = parts_beside_head(model)
-        states = decoder(**decoder_inputs, use_cache=False, return_dict=True)
+        states = decoder_of(model)(**decoder_inputs, use_cache=False, return_dict=True)
         loss = self._loss(states.last_hidden_state, given)
         output = CausalLMOutputWithPast
         extra = {}
@@ -216,12 +219,7 @@ class FusedLMHead:
             outputs.append("logsumexp")
         if settings.label_smoothing:
             outputs.append("mean_logits")
-        lora_b = (b.weight for _, _, b, _ in head.lora)
-        with whole_head(weight, head.linear.bias, *lora_b) as (whole, bias, *lora_b):
-            lora = None
-            if lora_b:
-                a_out = torch.cat(head.lora_inputs(hidden), dim=-1)
-                lora = (a_out, torch.cat(lora_b, dim=1).to(a_out.dtype))
+        with head.whole(hidden) as (whole, bias, lora):
             scored = linear_logprob(
                 hidden,
                 whole,

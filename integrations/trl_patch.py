@@ -42,13 +42,15 @@ class Replaced:
 class TRLPatch:
     """The names of TRL that ``patch_trl`` replaced, and the way back.
 
-    As a context manager it restores them at the end of the outermost ``with`` block.
+    As a context manager it restores them at the end of the outermost ``with`` block; once undone
+    it is of no more use.
     """
 
     def __init__(self, budget_bytes: int | None, backend: str) -> None:
         self.budget_bytes = budget_bytes
         self.backend = backend
         self._calls = 0
+        self._blocks = 0
         self._replaced: list[Replaced] = []
         self._skipped: dict[str, str] = {}
 
@@ -74,11 +76,17 @@ class TRLPatch:
             setattr(replaced.owner, replaced.name, replaced.original)
 
     def __enter__(self) -> "TRLPatch":
+        if not self.active:
+            raise RuntimeError(
+                f"{_OP}: the patch must be on, got an undone one. Call {_OP}() again."
+            )
+        self._blocks += 1
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._blocks -= 1
         self._calls -= 1
-        if self._calls <= 0:
+        if self._blocks == 0 and self._calls <= 0:
             self.undo()
 
     def __repr__(self) -> str:

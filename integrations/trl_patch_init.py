@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from .causal_model import is_decoder_and_head
 from .fused_head import FusedHeadSettings, install_fused_head
 
 # an attribute of the trainers whose models have the head
@@ -16,9 +17,14 @@ _MARK = "spo_fused_head"
 
 
 def install_on(model: nn.Module, outputs: tuple[str, ...], settings: FusedHeadSettings) -> bool:
-    """Install the fused head under an adapter, if any; False on a model that cannot have one."""
+    """Install the fused head under an adapter, if any.
+
+    False, and nothing done, on a model whose log-probs it would not compute.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
+        return False
+    if not is_decoder_and_head(base):
         return False
     install_fused_head(base, outputs, settings=settings)
     return True

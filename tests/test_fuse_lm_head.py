@@ -229,17 +229,25 @@ def assert_same(ours, theirs, found: torch.Tensor, expected: torch.Tensor) -> No
             )
 
 
+def has_router_logits(model) -> bool:
+    return "router_logits" in model.model(torch.ones(1, 2, dtype=int), output_router_logits=True)
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_architectures(name):
     theirs = make_model(name)
     ours = copy.deepcopy(theirs)
     fuse_lm_head(ours)
     batch = make_batch()
+    if name in ("granitemoe", "granitemoehybrid") and not has_router_logits(theirs):
+        pytest.skip(f"{name} of transformers {transformers.__version__} loses its router logits")
     for extra in ({}, {"num_items_in_batch": torch.tensor(40)}):
         found, expected = ours(**batch, **extra), theirs(**batch, **extra)
         assert found.logits is None and expected.logits is not None
         assert_same(ours, theirs, found.loss, expected.loss)
     if "output_router_logits" in CHANGES[name]:
+        found, expected = (m(**batch, output_router_logits=True) for m in (ours, theirs))
+        assert_same(ours, theirs, found.loss, expected.loss)
         torch.testing.assert_close(found.aux_loss, expected.aux_loss)
         assert found.aux_loss > 0
         found, expected = (m(**batch, output_router_logits=False) for m in (ours, theirs))

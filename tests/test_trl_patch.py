@@ -262,6 +262,14 @@ def test_twice_is_once():
     with pytest.raises(KeyError), patch_trl() as raised:
         raise KeyError
     assert not raised.active
+    again = patch_trl()
+    with again:
+        with again:
+            pass
+        assert again.active
+    assert not again.active
+    with pytest.raises(RuntimeError, match="patch_trl: the patch must be on, got an undone one"):
+        again.__enter__()
 
 
 def test_report_names_what_is_patched():
