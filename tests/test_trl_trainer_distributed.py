@@ -35,8 +35,8 @@ def rows_of(tiny: Tiny) -> Dataset:
     )
 
 
-def train(tiny: Tiny, folder: Path, *, batch_size: int, wrap=None, **settings) -> SPOTrainer:
-    trainer = InOrder(
+def make_trainer(tiny: Tiny, folder: Path, *, batch_size: int, **settings) -> SPOTrainer:
+    return InOrder(
         model=tiny.path,
         args=arguments(
             folder,
@@ -49,6 +49,10 @@ def train(tiny: Tiny, folder: Path, *, batch_size: int, wrap=None, **settings) -
         train_dataset=rows_of(tiny),
         processing_class=tiny.tokenizer,
     )
+
+
+def train(tiny: Tiny, folder: Path, *, batch_size: int, wrap=None, **settings) -> SPOTrainer:
+    trainer = make_trainer(tiny, folder, batch_size=batch_size, **settings)
     if wrap is not None:
         trainer.data_collator = wrap(trainer.data_collator)
     trainer.train()
