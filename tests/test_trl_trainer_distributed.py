@@ -1,11 +1,5 @@
-"""Two gloo processes: DDP trains like one process, FSDP2 gives the unsharded gradients.
+"""SPOTrainer in two gloo processes: DDP trains like one process, FSDP2 shards its degree head."""
 
-The file is its own worker: each test starts it twice with the name of a scenario.
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +9,8 @@ from datasets import Dataset
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
-from trl.trainer.utils import _find_free_port
 from trl_tiny import Tiny, arguments, history
+from two_processes import assert_equal_across_ranks, rank, run_two_processes, work
 
 from spo_kernels.integrations import SPOTrainer
 from spo_kernels.integrations.degree_head import DegreeHead
@@ -41,19 +35,24 @@ def rows_of(tiny: Tiny) -> Dataset:
     )
 
 
-def train(tiny: Tiny, folder: Path, *, batch_size: int, wrap=None, **settings) -> SPOTrainer:
-    trainer = InOrder(
+def make_trainer(tiny: Tiny, folder: Path, *, batch_size: int, **settings) -> SPOTrainer:
+    return InOrder(
         model=tiny.path,
         args=arguments(
             folder,
             max_steps=STEPS,
             per_device_train_batch_size=batch_size,
             logging_steps=STEPS,
+            ddp_find_unused_parameters=False,
             **settings,
         ),
         train_dataset=rows_of(tiny),
         processing_class=tiny.tokenizer,
     )
+
+
+def train(tiny: Tiny, folder: Path, *, batch_size: int, wrap=None, **settings) -> SPOTrainer:
+    trainer = make_trainer(tiny, folder, batch_size=batch_size, **settings)
     if wrap is not None:
         trainer.data_collator = wrap(trainer.data_collator)
     trainer.train()
@@ -66,24 +65,17 @@ def result_of(trainer: SPOTrainer) -> dict:
     return {"metrics": metrics, "state": dict(trainer.model.state_dict())}
 
 
-def assert_equal_across_ranks(state: dict[str, torch.Tensor]) -> None:
-    for name, value in state.items():
-        both = [torch.empty_like(value) for _ in range(2)]
-        dist.all_gather(both, value.contiguous())
-        assert torch.equal(both[0], both[1]), name
-
-
 def ddp(folder: Path) -> None:
-    tiny = Tiny(folder / f"rank{os.environ['RANK']}")
+    tiny = Tiny(folder / f"rank{rank()}")
     for view in ("hidden", "text"):
         result = result_of(train(tiny, folder / "ddp", batch_size=1, view=view))
         assert_equal_across_ranks(result["state"])
-        torch.save(result, folder / f"{view}-{dist.get_rank()}.pt")
+        torch.save(result, folder / f"{view}-{rank()}.pt")
 
     def masked_on_one_rank(collate):
         def masked(examples):
             batch = collate(examples)
-            if dist.get_rank() == 1:
+            if rank() == 1:
                 batch["completion_mask"][:] = 0
                 batch["scored_rows"] = 0
                 batch["removal_levels"][:] = -1
@@ -97,9 +89,8 @@ def ddp(folder: Path) -> None:
 
 
 def fsdp(folder: Path) -> None:
-    rank = int(os.environ["RANK"])
     # before the group exists, since of a group only the first process would save the model
-    tiny = Tiny(folder / f"rank{rank}")
+    tiny = Tiny(folder / f"rank{rank()}")
     dist.init_process_group("gloo")
 
     def make():
@@ -128,7 +119,7 @@ def fsdp(folder: Path) -> None:
             fully_shard(sharded.get_output_embeddings())
         fully_shard(sharded)
         assert all(isinstance(p, DTensor) for p in sharded.parameters())
-        loss_of(sharded, seed=rank).backward()
+        loss_of(sharded, seed=rank()).backward()
         for (name, expected), found in zip(
             plain.named_parameters(), sharded.parameters(), strict=True
         ):
@@ -136,7 +127,7 @@ def fsdp(folder: Path) -> None:
 
     # a sharded head is gathered into one file and scattered again
     head = sharded.spo_degree_head
-    save_head(head, str(folder), write=rank == 0)
+    save_head(head, str(folder), write=rank() == 0)
     dist.barrier()
     with torch.no_grad():
         head.weight.zero_()
@@ -144,44 +135,15 @@ def fsdp(folder: Path) -> None:
     assert torch.equal(head.weight.full_tensor(), plain.spo_degree_head.weight)
 
 
-SCENARIOS = {"ddp": ddp, "fsdp": fsdp}
-
-
-def run_two_processes(scenario: str, folder: Path) -> None:
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_find_free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, scenario, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-4000:]
-
-
 @pytest.mark.slow
 def test_ddp_equals_one_process(tmp_path):
     """One of the processes never sees key content, and in a third run nothing to score either."""
-    run_two_processes("ddp", tmp_path)
+    run_two_processes(__file__, "ddp", tmp_path)
     tiny = Tiny(tmp_path / "one")
     for view in ("hidden", "text"):
         expected = result_of(train(tiny, tmp_path / "run", batch_size=2, view=view))
-        for rank in range(2):
-            found = torch.load(tmp_path / f"{view}-{rank}.pt")
+        for process in range(2):
+            found = torch.load(tmp_path / f"{view}-{process}.pt")
             assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-5)
             assert found["metrics"]["no_key_content"] == 0.5
             for name, value in expected["state"].items():
@@ -191,8 +153,8 @@ def test_ddp_equals_one_process(tmp_path):
 @pytest.mark.slow
 def test_fsdp2_gradients(tmp_path):
     """Faults 28: the LM head in the root's group and in a group of its own."""
-    run_two_processes("fsdp", tmp_path)
+    run_two_processes(__file__, "fsdp", tmp_path)
 
 
 if __name__ == "__main__":
-    SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
+    work({"ddp": ddp, "fsdp": fsdp})
