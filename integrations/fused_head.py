@@ -176,9 +176,6 @@ class FusedForward:
         if self.cast_lm_head_to_fp32:
             hidden = hidden.float()
             exact = torch.autocast(hidden.device.type, enabled=False)
-        elif not torch.is_autocast_enabled(hidden.device.type):
-            # FSDP2 leaves a head that is sharded by itself in its own precision
-            hidden = hidden.to(layers.linear.weight.dtype)
         # the rows after those of the labels are shortened responses, which are not scored
         hidden = hidden[: len(targets)]
         # dropout is drawn for every position, as PEFT does: a seed drops the same values

@@ -307,6 +307,8 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
     for path in INTEGRATIONS:
         assert f"spo_kernels/integrations/{path.relative_to(ROOT / 'integrations')}" in names
     assert {"spo_kernels/py.typed", "spo_kernels/integrations/demo_pairs.jsonl"} <= names
+    for path in (ROOT / "integrations" / "accelerate_configs").glob("*.yaml"):
+        assert f"spo_kernels/integrations/accelerate_configs/{path.name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("integrations/", "tests/", "benchmarks/")) for name in names)
 
