@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .causal_model import is_decoder_and_head
 from .fused_head import FusedHeadSettings, install_fused_head
 
-# an attribute of the trainers whose models have the head
+# an attribute of the trainers whose models have the head: its key
 _MARK = "spo_fused_head"
 
 
@@ -26,13 +26,21 @@ def install_on(model: nn.Module, outputs: tuple[str, ...], settings: FusedHeadSe
         return False
     if not is_decoder_and_head(base):
         return False
-    install_fused_head(base, outputs, settings=settings)
+    install_fused_head(base, outputs, settings=settings, key=_key(outputs))
     return True
 
 
-def has_fused_head(trainer: Any) -> bool:
-    """Whether the trainer was built under the patch: its models can score without logits."""
-    return vars(trainer).get(_MARK, False)
+def _key(outputs: tuple[str, ...]) -> str:
+    """Return what these trainers ask for: a model may serve one of TRL's fused heads as well."""
+    return ",".join(("log_probs", *outputs))
+
+
+def fused_head_of(trainer: Any) -> str | None:
+    """Return what to pass as ``fused_lm_head``, None if the models cannot score without logits.
+
+    They can where the trainer was built under the patch.
+    """
+    return vars(trainer).get(_MARK)
 
 
 def fused_head_after_init(
@@ -51,7 +59,8 @@ def fused_head_after_init(
             reference = signature.bind(self, *args, **kwargs).arguments.get("ref_model")
             ready = reference is None or install_on(reference, outputs, settings)
             original(self, *args, **kwargs)
-            setattr(self, _MARK, install_on(self.model, outputs, settings) and ready)
+            if install_on(self.model, outputs, settings) and ready:
+                setattr(self, _MARK, _key(outputs))
 
         return __init__
 
