@@ -82,13 +82,14 @@ def install_fused_head(
     settings: FusedHeadSettings,
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
+    key: str | bool = True,
 ) -> None:
-    """Let ``model(..., labels=..., fused_lm_head=True)`` score its labels without logits.
+    """Let ``model(..., labels=..., fused_lm_head=key)`` score its labels without logits.
 
     ``outputs`` may name, besides TRL's own, ``position_mean_logits``: the mean logit of every
-    position, scored or not.
+    position, scored or not. Heads of other keys that the model has go on to answer to theirs.
     """
-    fused = FusedForward(model, outputs, settings, temperature, cast_lm_head_to_fp32)
+    fused = FusedForward(model, outputs, settings, temperature, cast_lm_head_to_fp32, key)
 
     def forward(self: PreTrainedModel, *args: Any, **inputs: Any):
         return fused(self, *args, **inputs)
@@ -100,7 +101,7 @@ def install_fused_head(
 
 
 class FusedForward:
-    """A model's forward that also answers ``fused_lm_head=True``; every other call passes through.
+    """A model's forward that also answers ``fused_lm_head=key``; every other call passes through.
 
     With ``degree_inputs`` (see ``spo_kernels.collator``) the same forward also computes the degree
     loss with the module ``model.spo_degree_head``.
@@ -113,9 +114,11 @@ class FusedForward:
         settings: FusedHeadSettings,
         temperature: float,
         cast_lm_head_to_fp32: bool,
+        key: str | bool,
     ) -> None:
         config = model.config.get_text_config()
         self.settings = settings
+        self.key = key
         self.plain_forward = _unbound(model)
         self.outputs = {"log_probs", *outputs}
         self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
@@ -126,12 +129,14 @@ class FusedForward:
         self,
         model: PreTrainedModel,
         *args: Any,
-        fused_lm_head: bool = False,
+        fused_lm_head: str | bool = False,
         degree_inputs: dict[str, Any] | None = None,
         scored_rows: int | None = None,
         **inputs: Any,
     ):
-        if not fused_lm_head:
+        if fused_lm_head != self.key:
+            if fused_lm_head:
+                inputs["fused_lm_head"] = fused_lm_head
             return self.plain_forward(model, *args, **inputs)
         config = model.config.get_text_config()
         labels, shift_labels = inputs.pop("labels", None), inputs.pop("shift_labels", None)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .causal_model import is_decoder_and_head
 from .fused_head import FusedHeadSettings, install_fused_head
 
-# an attribute of the trainers whose models have the head
+# an attribute of the trainers whose models have the head: its key
 _MARK = "spo_fused_head"
 
 
@@ -26,18 +26,29 @@ def install_on(model: nn.Module, outputs: tuple[str, ...], settings: FusedHeadSe
         return False
     if not is_decoder_and_head(base):
         return False
-    install_fused_head(base, outputs, settings=settings)
+    install_fused_head(base, outputs, settings=settings, key=_key(outputs))
     return True
 
 
-def mark_fused_head(trainer: Any, outputs: tuple[str, ...], settings: FusedHeadSettings) -> None:
+def _key(outputs: tuple[str, ...]) -> str:
+    """Return what these trainers ask for: a model may serve one of TRL's fused heads as well."""
+    return ",".join(("log_probs", *outputs))
+
+
+def mark_fused_head(
+    trainer: Any, outputs: tuple[str, ...], settings: FusedHeadSettings, *, ready: bool = True
+) -> None:
     """Install the fused head on a trainer's policy; its methods learn whether there is one."""
-    setattr(trainer, _MARK, install_on(trainer.model, outputs, settings))
+    if install_on(trainer.model, outputs, settings) and ready:
+        setattr(trainer, _MARK, _key(outputs))
 
 
-def has_fused_head(trainer: Any) -> bool:
-    """Whether the trainer's models can score without logits: built under the patch, or by SPO."""
-    return vars(trainer).get(_MARK, False)
+def fused_head_of(trainer: Any) -> str | None:
+    """Return what to pass as ``fused_lm_head``, None if the models cannot score without logits.
+
+    They can where the trainer was built under the patch, or by SPO.
+    """
+    return vars(trainer).get(_MARK)
 
 
 def fused_head_after_init(
@@ -56,7 +67,7 @@ def fused_head_after_init(
             reference = signature.bind(self, *args, **kwargs).arguments.get("ref_model")
             ready = reference is None or install_on(reference, outputs, settings)
             original(self, *args, **kwargs)
-            setattr(self, _MARK, install_on(self.model, outputs, settings) and ready)
+            mark_fused_head(self, outputs, settings, ready=ready)
 
         return __init__
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .fused_head import FusedHeadSettings
 from .trl_patch import Change
-from .trl_patch_init import fused_head_after_init, has_fused_head, install_on
+from .trl_patch_init import fused_head_after_init, fused_head_of, install_on
 
 _ONLINE = "trl.experimental.online_dpo.online_dpo_trainer"
 _A2PO = "trl.experimental.a2po.a2po_trainer"
@@ -65,7 +65,7 @@ def _online_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torc
             too_many = max(prompt_ids.size(1) + length - self.max_length, 0)
             prompt_ids, prompt_mask = prompt_ids[:, too_many:], prompt_mask[:, too_many:]
         # without a prompt TRL's logits are not aligned with the tokens
-        if not has_fused_head(self) or prompt_ids.size(1) == 0:
+        if fused_head_of(self) is None or prompt_ids.size(1) == 0:
             return original(
                 self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, vision_inputs
             )
@@ -75,7 +75,7 @@ def _online_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torc
             attention_mask=torch.cat((prompt_mask, completion_mask), dim=1),
             # padding too: the entropy and KL that are logged count it
             labels=torch.cat((torch.full_like(prompt_ids, -100), completion_ids), dim=1),
-            fused_lm_head=True,
+            fused_lm_head=fused_head_of(self),
             **vision,
         )
         return scored.log_probs[:, -length:]
@@ -86,7 +86,7 @@ def _online_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torc
 def _sequence_logps(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(original)
     def _get_sequence_logps(self, model, input_ids, attention_mask, logits_to_keep):
-        if not has_fused_head(self):
+        if fused_head_of(self) is None:
             return original(self, model, input_ids, attention_mask, logits_to_keep)
         positions = torch.arange(input_ids.size(1), device=input_ids.device)
         prompt = positions < input_ids.size(1) - logits_to_keep
@@ -94,7 +94,7 @@ def _sequence_logps(original: Callable[..., torch.Tensor]) -> Callable[..., torc
             input_ids=input_ids,
             attention_mask=attention_mask,
             labels=input_ids.masked_fill(prompt | (attention_mask == 0), -100),
-            fused_lm_head=True,
+            fused_lm_head=fused_head_of(self),
         )
         return scored.log_probs.sum(dim=1)
 

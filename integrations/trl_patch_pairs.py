@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from .fused_head import FusedHeadSettings, SPOCausalLMOutput
 from .trl_patch import Change
-from .trl_patch_init import fused_head_after_init, has_fused_head
+from .trl_patch_init import fused_head_after_init, fused_head_of
 
 _CPO = "trl.experimental.cpo.cpo_trainer"
 _ORPO = "trl.experimental.orpo.orpo_trainer"
@@ -51,7 +51,7 @@ def _score_pairs(
         input_ids=joined["concatenated_input_ids"],
         attention_mask=joined["concatenated_attention_mask"],
         labels=labels,
-        fused_lm_head=True,
+        fused_lm_head=fused_head_of(trainer),
         **router,
     )
 
@@ -65,7 +65,7 @@ def cpo_forward(original: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @functools.wraps(original)
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple:
-        if not has_fused_head(self):
+        if fused_head_of(self) is None:
             return original(self, model, batch)
         joined = self.concatenated_inputs(
             batch, padding_value=self.pad_token_id, device=self.accelerator.device
@@ -92,7 +92,7 @@ def orpo_forward(original: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @functools.wraps(original)
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple:
-        if not has_fused_head(self):
+        if fused_head_of(self) is None:
             return original(self, model, batch)
         joined = self.concatenated_inputs(
             batch, padding_value=self.padding_value, device=self.accelerator.device
@@ -118,12 +118,12 @@ def _tpo_loss(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool):
         # who asks for the outputs gets logits
-        if return_outputs or not has_fused_head(self):
+        if return_outputs or fused_head_of(self) is None:
             return original(self, model, inputs, return_outputs)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
 
         def scoring_model(**model_inputs: Any) -> SimpleNamespace:
-            scored = model(**model_inputs, labels=labels, fused_lm_head=True)
+            scored = model(**model_inputs, labels=labels, fused_lm_head=fused_head_of(self))
             rows = ScoredTokens(
                 inputs["input_ids"][:, 1:],
                 scored.log_probs,

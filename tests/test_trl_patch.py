@@ -5,6 +5,7 @@ import importlib
 import inspect
 import sys
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -421,6 +422,20 @@ def test_a_reference_model_that_is_given(data, tmp_path):
             start = parameters_of(trainer)
             records.append(train(trainer))
     compare(found, records[0], start)
+
+
+def test_two_trainers_of_one_model(data, tmp_path, monkeypatch):
+    """Each head keeps its own temperature and outputs, whichever was installed last."""
+    records = []
+    for patched in (False, True):
+        shared = data.model()
+        with monkeypatch.context() as one_model, patch_trl() if patched else nullcontext():
+            one_model.setattr(data, "model", lambda *_, shared=shared: shared)
+            trainers = [build(name, data, tmp_path / name) for name in ("grpo", "cpo", "tpo")]
+        start = parameters_of(trainers[0])
+        records.append([train(trainer) for trainer in trainers])
+    for found, expected in zip(records[1], records[0], strict=True):
+        compare(found, expected, start)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
