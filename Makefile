@@ -22,6 +22,9 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 COMPILE_TESTS := $(sort $(wildcard tests/test_kernels_compile*.py))
 PYTEST := $(PYTHON) -m pytest -q
 
+# without the pin pip takes gigabytes of CUDA packages with it
+TORCH := torch==2.13.0
+
 # what pyproject.toml allows, oldest and newest: trl-transformers
 MATRIX := 1.16.0-5.17.0 1.16.0-5.24.0
 MATRIX_VENVS ?= .venv-matrix
@@ -48,7 +51,7 @@ setup: $(SETUP)
 		|| { echo "$(BOOTSTRAP) is older than Python 3.11; name another one: make BOOTSTRAP=python3.12" >&2; exit 2; }
 	test -x .venv/bin/python || $(BOOTSTRAP) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip "setuptools>=77"
-	.venv/bin/python -m pip install --quiet "torch==2.13.0"
+	.venv/bin/python -m pip install --quiet "$(TORCH)"
 	.venv/bin/python -m pip install --quiet -e ".[trl,bench,dev]"
 	touch $@
 
@@ -72,7 +75,7 @@ test-matrix-%: $(MATRIX_VENVS)/%/.ready
 $(MATRIX_VENVS)/%/.ready: pyproject.toml Makefile
 	test -x $(@D)/bin/python || $(BOOTSTRAP) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77"
-	$(@D)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)"
 	$(@D)/bin/python -m pip install --quiet -e ".[trl,dev]" \
 		"trl==$(firstword $(subst -, ,$*))" "transformers==$(lastword $(subst -, ,$*))"
 	touch $@

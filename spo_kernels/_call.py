@@ -44,6 +44,10 @@ class Call:
         """dz/dz0 without the softcap's ``1 - tanh^2``."""
         return self.logit_scale / self.temperature
 
+    def whole_vocab(self, width: int) -> int | torch.Tensor:
+        """Return V of the whole head; ``width`` is that of the weight at hand."""
+        return width if self.shard is None else self.shard.total
+
     def target_slope(self, target_logit: torch.Tensor) -> torch.Tensor | float:
         """dz/dz0 at a logit z: ``slope * (1 - tanh^2)``, tanh read back from z itself."""
         if self.softcap is None:
@@ -76,6 +80,12 @@ class Rows:
         else:
             tensor[tuple(axis[start:stop] for axis in self.index)] = value.to(tensor.dtype)
 
+    def put_all(self, tensor: torch.Tensor, value: torch.Tensor, step: int) -> None:
+        """Write every scored row, ``step`` at a time: a cast copy is never whole."""
+        for start in range(0, self.count, step):
+            stop = min(start + step, self.count)
+            self.put(tensor, start, stop, value[start:stop])
+
     def take_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return every scored row."""
         return self.take(tensor, 0, self.count)
@@ -98,7 +108,11 @@ class Inputs(NamedTuple):
     bias: torch.Tensor | None  # [V]
     lora_a: torch.Tensor | None  # [..., r]
     lora_b: torch.Tensor | None  # [V, r]
-    labels: torch.Tensor  # [N] int64
+    labels: torch.Tensor  # [N] int64, relative to the weight's first row
+
+    def owns_label(self) -> torch.Tensor:
+        """Return ``[N]`` whether a row's label is one of this weight's rows."""
+        return (self.labels >= 0) & (self.labels < self.weight.shape[0])
 
 
 class Kept(NamedTuple):
@@ -157,7 +171,7 @@ def row_coefficients(call: Call, kept: Kept, grads: RowGrads, vocab_size: int) -
         term = torch.where(probs == 0, 0.0, probs * (logps + kept.entropy))
         label = label - grads.entropy * term
     if grads.mean_logits is not None:
-        everywhere = grads.mean_logits / (vocab_size if call.shard is None else call.shard.total)
+        everywhere = grads.mean_logits / call.whole_vocab(vocab_size)
         label = label + everywhere
     return RowCoefficients(
         on_p=g_lse - g_logps,
@@ -195,12 +209,11 @@ def backward_direction(
     on_label, labels = grads.logsumexp, inputs.labels
     if call.shard is not None:
         # g_lse p_y + g_logps (1 - p_y), from the whole head's softmax
-        width = inputs.weight.shape[0]
         terms = ((grads.logps, kept.rest), (grads.logsumexp, kept.label_probs()))
         present = (grad * factor for grad, factor in terms if grad is not None)
         on_label = sum(present, torch.zeros_like(upstream))
-        on_label = on_label.where((labels >= 0) & (labels < width), 0.0)
-        labels = labels.clamp(0, width - 1)
+        on_label = on_label.where(inputs.owns_label(), 0.0)
+        labels = labels.clamp(0, inputs.weight.shape[0] - 1)
         upstream = upstream * kept.share
     out = {}
     for i, (name, tensor, direction, head) in enumerate(pairs):
@@ -211,8 +224,8 @@ def backward_direction(
             out[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         mean_row = None
         if grads.mean_logits is not None:
-            total = head.shape[0] if call.shard is None else call.shard.total
-            mean_row = head.sum(0, dtype=kept.logsumexp.dtype) * (call.slope / total)
+            scale_mean = call.slope / call.whole_vocab(head.shape[0])
+            mean_row = head.sum(0, dtype=kept.logsumexp.dtype) * scale_mean
         for start in range(0, rows.count, call.row_chunk):
             part = slice(start, min(start + call.row_chunk, rows.count))
             value = direction[part] * scale[part, None]

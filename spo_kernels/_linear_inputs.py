@@ -48,13 +48,16 @@ def scored_rows_of(
     op: str,
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    vocab_size: int | torch.Tensor,
+    vocab_size: int,
     ignore_index: int,
     scored_rows: int | None,
     validate: bool,
     shard: Shard | None = None,
 ) -> tuple[Rows, torch.Tensor, torch.Tensor | None]:
-    """Return the scored rows, their labels and, without a sync, whether the count was right."""
+    """Return the scored rows, their labels and, without a sync, whether the count was right.
+
+    With a shard ``vocab_size`` is its own; labels come relative to its first row.
+    """
     scored = labels != ignore_index
     if scored_rows is not None and (
         isinstance(scored_rows, bool) or not isinstance(scored_rows, int)
@@ -66,7 +69,8 @@ def scored_rows_of(
     exact = None
     if scored_rows is None or validate or on_host:
         counts = [scored.sum()] if shard is None else [scored.sum(), shard.differs]
-        count, *differs = read_counts(op, counts, labels, scored, vocab_size)
+        whole = vocab_size if shard is None else shard.total
+        count, *differs = read_counts(op, counts, labels, scored, whole)
         if any(differs):
             fail(
                 op,
@@ -80,7 +84,8 @@ def scored_rows_of(
         scored_rows = count
     else:
         exact = scored.sum() == scored_rows
-    return *rows_of(hidden, labels, scored, scored_rows), exact
+    rows, row_labels = rows_of(hidden, labels, scored, scored_rows)
+    return rows, row_labels if shard is None else row_labels - shard.start, exact
 
 
 def rows_of(

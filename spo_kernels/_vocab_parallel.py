@@ -51,19 +51,18 @@ def combine(
     ``inputs.labels`` are relative to this rank's slice, ``values`` and ``kept`` are of the slice:
     a label of another rank counts there as a logit of -inf.
     """
-    labels, width = inputs.labels, inputs.weight.shape[0]
     mine = {
         "logsumexp": kept.logsumexp,
         "rest": kept.rest,
         "target": kept.target_logit,
-        "owns": (labels >= 0) & (labels < width),
+        "owns": inputs.owns_label(),
     }
     # in one order on every rank
     for name in ("entropy", "log_sum_sq_probs", "is_top1"):
         if name in call.outputs:
             mine[name] = values[name]
     if "mean_logits" in call.outputs:
-        mine["sum"] = values["mean_logits"] * width
+        mine["sum"] = values["mean_logits"] * inputs.weight.shape[0]
     if "is_top1" in call.outputs:
         mine["row_max"] = values["row_max"]
     dtype = kept.logsumexp.dtype
@@ -137,9 +136,7 @@ def backward(
             dist.all_reduce(total, group=call.shard.group)
         tensor = getattr(inputs, name)
         grad[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for start in range(0, rows.count, call.row_chunk):
-            stop = min(start + call.row_chunk, rows.count)
-            rows.put(grad[name], start, stop, total[start:stop])
+        rows.put_all(grad[name], total, call.row_chunk)
     return grad
 
 

@@ -98,7 +98,7 @@ def linear_logprob(
     Gradients: hidden, weight, bias, a_out, b through logps, entropy, logsumexp, mean_logits. Not
         differentiable: labels, is_top1, log_sum_sq_probs; no double backward. With a group the
         upstream gradients have to be the same on every rank; hidden's and a_out's are summed over
-        the ranks, one collective each, and one more in the forward.
+        the ranks, one collective each; the forward has two, of three numbers and of row statistics.
     Raises: ValueError (shape, range, device, budget), TypeError (dtype), IndexError (a label
         outside [0, V)), RuntimeError (an empty, sharded weight; double backward),
         NotImplementedError (a strategy or backend that cannot).
@@ -119,12 +119,9 @@ def linear_logprob(
     backend = resolve_backend(_OP, backend, hidden)
     refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype})
     shard = None if group is None else _vocab_parallel.shard_of(_OP, group, weight, labels)
-    vocab_size = weight.shape[0] if shard is None else shard.total
     rows, row_labels, exact = scored_rows_of(
-        _OP, hidden, labels, vocab_size, ignore_index, scored_rows, validate, shard
+        _OP, hidden, labels, weight.shape[0], ignore_index, scored_rows, validate, shard
     )
-    if shard is not None:
-        row_labels = row_labels - shard.start
     lora_a, lora_b = lora if lora is not None else (None, None)
     tensors = (hidden, weight, bias, lora_a, lora_b)
     needs = needed_grads(tensors)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_distributed import TRL, V, in_order, make_model
 from test_trl_trainer_distributed import STEPS as SPO_STEPS
 from test_trl_trainer_distributed import make_trainer
-from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl_tiny import Tiny
 from trl_trainers import Data, build
 from two_processes import assert_equal_across_ranks, rank, run_two_processes, work
@@ -28,7 +28,6 @@ NOTHING_STAYS_WHOLE = {
     "stage3_max_live_parameters": 0,
     "stage3_prefetch_bucket_size": 0,
 }
-TRL = {"dpo": {}, "cpo": {"cpo_alpha": 0.0, "loss_type": "sigmoid"}}
 
 
 def engine(stage: int) -> dict:
@@ -53,17 +52,12 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def in_order(trainer: Trainer) -> Trainer:
-    trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
-    return trainer
-
-
 def labelled_rows() -> list[dict]:
     """Every second row, one process's, has fewer tokens, and in half of the steps no label."""
     rows = []
     generator = torch.Generator().manual_seed(5)
     for i in range(2 * STEPS):
-        ids = torch.randint(0, 61, (9 - 3 * (i % 2),), generator=generator)
+        ids = torch.randint(0, V, (9 - 3 * (i % 2),), generator=generator)
         kept = 0 if i % 4 == 1 else 4
         rows.append({"input_ids": ids, "labels": ids.where(torch.arange(len(ids)) < kept, -100)})
     return rows
@@ -81,18 +75,7 @@ def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def plain_trainer(folder: Path, stage: int, batch_size: int) -> Trainer:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config)
+    model = make_model()
     if stage:
         fuse_lm_head(model)
     args = TrainingArguments(

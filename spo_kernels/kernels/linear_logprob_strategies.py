@@ -236,12 +236,8 @@ def backward(
             del value
     for name, value in sums.items():
         value.mul_(row_scale[:, None])
-        if name in into:
-            continue
-        # a whole cast copy would be one more [N, H]
-        for start in range(0, N, call.row_chunk):
-            stop = min(start + call.row_chunk, N)
-            rows.put(out[name], start, stop, value[start:stop])
+        if name not in into:
+            rows.put_all(out[name], value, call.row_chunk)
     return out
 
 
