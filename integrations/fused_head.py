@@ -184,7 +184,8 @@ class FusedForward:
         # the rows after those of the labels are shortened responses, which are not scored
         hidden = hidden[: len(targets)]
         # dropout is drawn for every position, as PEFT does: a seed drops the same values
-        with exact, layers.whole(hidden) as (weight, bias, lora):
+        with exact:
+            weight, bias, lora = layers.whole(hidden)
             length = targets.shape[1]
             scored = linear_logprob(
                 hidden[:, :length],

@@ -1,19 +1,15 @@
 """What every fused LM head needs of a model: its logit transform, its plain layer, its weight.
 
-Needs transformers only; PEFT and DeepSpeed are imported where a model already uses them.
+Needs transformers only; PEFT is imported where a model already uses it.
 """
 
-import functools
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import is_peft_available
 
 # config attribute of each family -> how its value enters the logits
@@ -53,26 +49,25 @@ class HeadLayers:
     # dropout, A, B, scaling of each active adapter
     lora: tuple[tuple[torch.nn.Module, torch.nn.Linear, torch.nn.Linear, float], ...] = ()
 
-    @contextmanager
-    def whole(self, hidden: torch.Tensor) -> Iterator[tuple[torch.Tensor, Any, Any]]:
-        """Give weight, bias and lora of ``linear_logprob``, in one piece however they are sharded.
+    def whole(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+        """Return weight, bias and lora of ``linear_logprob``, whole however they are sharded.
 
         ``lora`` is ``(scaling * A(dropout(hidden)), B)`` of all terms side by side, or None. All
         come in hidden's dtype, as far as autocast does not see to that.
         """
         factors = [b.weight for _, _, b, _ in self.lora]
-        with whole_head(self.linear.weight, self.linear.bias, *factors) as (weight, bias, *factors):
-            lora = None
-            if factors:
-                terms = [
-                    (a(dropout(hidden.to(a.weight.dtype))) * scaling).to(hidden.dtype)
-                    for dropout, a, _, scaling in self.lora
-                ]
-                lora = torch.cat(terms, dim=-1), torch.cat(factors, dim=-1).to(hidden.dtype)
-            if not torch.is_autocast_enabled(hidden.device.type):
-                weight = weight.to(hidden.dtype)
-                bias = None if bias is None else bias.to(hidden.dtype)
-            yield weight, bias, lora
+        weight, bias, *factors = whole_head(self.linear.weight, self.linear.bias, *factors)
+        lora = None
+        if factors:
+            terms = [
+                (a(dropout(hidden.to(a.weight.dtype))) * scaling).to(hidden.dtype)
+                for dropout, a, _, scaling in self.lora
+            ]
+            lora = torch.cat(terms, dim=-1), torch.cat(factors, dim=-1).to(hidden.dtype)
+        if not torch.is_autocast_enabled(hidden.device.type):
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
+        return weight, bias, lora
 
 
 def head_layers(op: str, head: torch.nn.Module) -> HeadLayers:
@@ -130,38 +125,13 @@ def _lora_terms(op: str, layer: Any) -> tuple:
     )
 
 
-@contextmanager
-def whole_head(*parameters: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
-    """Give the head's parameters in one piece, however they are sharded.
+def whole_head(*parameters: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Return the head's parameters in one piece where FSDP2 shards them; one gather per call.
 
-    They are DTensors (FSDP2), ZeRO-3 parameters or whole already; one collective each way per call.
+    What ZeRO-3 shards is whole already: DeepSpeed gathers a parameter that is read inside the
+    model's forward, and once more before the model's backward.
     """
-    if any(isinstance(value, DTensor) for value in parameters):
-        yield tuple(None if value is None else _full_tensor(value) for value in parameters)
-        return
-    with gathered(*parameters):
-        if not is_deepspeed_zero3_enabled():
-            yield parameters
-            return
-        held = [value for value in parameters if value is not None]
-        with saved_tensors_hooks(functools.partial(_release, held), _gather_again):
-            yield parameters
-
-
-def gathered(*parameters: torch.Tensor | None) -> AbstractContextManager:
-    """Gather what ZeRO-3 has taken away, and only that."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    # by identity: a tied weight may come twice; one that is whole must not be split on the way out
-    absent = {
-        id(value): value
-        for value in parameters
-        if value is not None and value.ds_status != ZeroParamStatus.AVAILABLE
-    }
-    return deepspeed.zero.GatheredParameters(list(absent.values())) if absent else nullcontext()
+    return tuple(None if value is None else _full_tensor(value) for value in parameters)
 
 
 def _full_tensor(sharded: torch.Tensor) -> torch.Tensor:
@@ -170,18 +140,3 @@ def _full_tensor(sharded: torch.Tensor) -> torch.Tensor:
     # without placements of its own the gradient would keep every rank's share unreduced
     placements = [Partial("avg")] * sharded.device_mesh.ndim
     return sharded.full_tensor(grad_placements=placements)
-
-
-def _release(parameters: list[torch.nn.Parameter], tensor: torch.Tensor) -> torch.Tensor:
-    """Keep for the backward the parameter itself, whose storage ZeRO-3 takes away in between."""
-    for parameter in parameters:
-        if tensor.data_ptr() == parameter.data_ptr() and tensor.shape == parameter.shape:
-            return parameter
-    return tensor
-
-
-def _gather_again(kept: torch.Tensor) -> torch.Tensor:
-    if not hasattr(kept, "ds_status"):
-        return kept
-    with gathered(kept):
-        return kept.detach().clone()

@@ -219,19 +219,19 @@ class FusedLMHead:
             outputs.append("logsumexp")
         if settings.label_smoothing:
             outputs.append("mean_logits")
-        with head.whole(hidden) as (whole, bias, lora):
-            scored = linear_logprob(
-                hidden,
-                whole,
-                targets,
-                bias=bias,
-                lora=lora,
-                ignore_index=ignored,
-                outputs=tuple(outputs),
-                budget_bytes=settings.budget_bytes,
-                backend=settings.backend,
-                **self._transform,
-            )
+        whole, bias, lora = head.whole(hidden)
+        scored = linear_logprob(
+            hidden,
+            whole,
+            targets,
+            bias=bias,
+            lora=lora,
+            ignore_index=ignored,
+            outputs=tuple(outputs),
+            budget_bytes=settings.budget_bytes,
+            backend=settings.backend,
+            **self._transform,
+        )
         # ignored positions read 0 in every output
         total = -scored.logps.sum()
         if settings.label_smoothing:

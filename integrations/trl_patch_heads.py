@@ -49,24 +49,24 @@ class LateBoundLogProb:
     ) -> tuple[torch.Tensor | None, ...]:
         """Return log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1 of N rows.
 
-        The caller has gathered a sharded head for the forward; ``chunk_size`` is the planner's.
+        ``chunk_size`` is the planner's.
         """
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
-        with whole_head(weight, bias) as (weight, bias):
-            scored = linear_logprob(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                temperature=temperature,
-                logit_scale=logit_scale,
-                softcap=softcap,
-                outputs=("logps", *(name for name in outputs if name != "log_probs")),
-                budget_bytes=self.settings.budget_bytes,
-                backend=self.settings.backend,
-            )
+        weight, bias = whole_head(weight, bias)
+        scored = linear_logprob(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            outputs=("logps", *(name for name in outputs if name != "log_probs")),
+            budget_bytes=self.settings.budget_bytes,
+            backend=self.settings.backend,
+        )
         mean_logits = None if scored.mean_logits is None else scored.mean_logits.detach()
         return scored.logps, scored.entropy, scored.log_sum_sq_probs, mean_logits, scored.is_top1
 

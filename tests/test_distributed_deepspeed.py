@@ -11,11 +11,10 @@ from test_trl_trainer_distributed import STEPS as SPO_STEPS
 from test_trl_trainer_distributed import make_trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl_tiny import Tiny
-from trl_trainers import Data, build
+from trl_trainers import Data, build, lora
 from two_processes import assert_equal_across_ranks, rank, run_two_processes, work
 
 from spo_kernels.integrations import fuse_lm_head, patch_trl
-from spo_kernels.integrations.lm_head import gathered
 
 deepspeed = pytest.importorskip("deepspeed")
 partition = pytest.importorskip("deepspeed.runtime.zero.partition_parameters")
@@ -46,9 +45,10 @@ def engine(stage: int) -> dict:
     return {**common, "deepspeed": config}
 
 
-def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+def state_of(trainer: Trainer, stage: int) -> dict[str, torch.Tensor]:
     model = trainer.model
-    with gathered(*model.parameters()):
+    # whole outside the model's forward
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
@@ -93,11 +93,12 @@ def plain_trainer(folder: Path, stage: int, batch_size: int) -> Trainer:
     return in_order(Trainer(model, args, train_dataset=rows, data_collator=padded))
 
 
-def trl_trainer(name: str, data: Data, stage: int, batch_size: int) -> Trainer:
+def trl_trainer(name: str, data: Data, stage: int, batch_size: int, adapter=None) -> Trainer:
     trainer = build(
         name,
         data,
         data.folder / "run",
+        adapter,
         steps=STEPS,
         per_device_train_batch_size=batch_size,
         **TRL[name],
@@ -163,17 +164,18 @@ def train_each(folder: Path, stage: int, batch_size: int) -> dict[str, dict]:
     makers = {
         "fuse_lm_head": lambda: plain_trainer(folder, stage, batch_size),
         "dpo": lambda: trl_trainer("dpo", data, stage, batch_size),
+        "dpo, LoRA": lambda: trl_trainer("dpo", data, stage, batch_size, lora("q_proj", "v_proj")),
         "cpo": lambda: trl_trainer("cpo", data, stage, batch_size),
         "spo": lambda: make_trainer(tiny, folder / "run", batch_size=batch_size, **engine(stage)),
     }
     results = {}
     for name, make in makers.items():
-        with patch_trl() if stage and name in TRL else nullcontext():
+        with patch_trl() if stage and name.split(",")[0] in TRL else nullcontext():
             trainer = make()
             gathers = HeadGathers()
             trainer.add_callback(gathers)
             trainer.train()
-        results[name] = {"state": state_of(trainer), "gathers": gathers.seen}
+        results[name] = {"state": state_of(trainer, stage), "gathers": gathers.seen}
     return results
 
 
@@ -206,8 +208,9 @@ def test_equals_one_process(stage, expected, tmp_path):
             found = results[name]["state"][parameter]
             torch.testing.assert_close(found, value, atol=1e-5, rtol=0, msg=f"{name} {parameter}")
         steps = SPO_STEPS if name == "spo" else STEPS
-        once_each_way = ["forward", "backward"] * steps
-        assert results[name]["gathers"] == (once_each_way if stage == 3 else []), name
+        # the adapter's reference is the model itself, with its adapter off
+        once = ["forward"] * (1 + ("LoRA" in name)) + ["backward"]
+        assert results[name]["gathers"] == (once * steps if stage == 3 else []), name
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import copy
 import types
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from transformers.models import cohere, gemma2, granite, llama, mixtral
 from trl.trainer import dpo_trainer
 from trl.trainer import utils as trl_utils
 
-from spo_kernels import linear_logprob
-from spo_kernels.integrations import lm_head
 from spo_kernels.integrations.degree_head import DegreeHead
 from spo_kernels.integrations.fused_head import (
     FusedHeadSettings,
@@ -150,34 +147,3 @@ def test_installed_and_undone():
         assert dpo_trainer.add_fused_lm_head is not original
         raise KeyError
     assert dpo_trainer.add_fused_lm_head is original
-
-
-def test_zero3_gathers_once_each_way(monkeypatch):
-    """ZeRO-3 empties the weight between forward and backward, whatever the number of rows."""
-    whole = torch.randn(61, 32)
-    weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-    weight.ds_status = "partitioned"
-    gathers = []
-
-    @contextmanager
-    def gathered(*parameters):
-        gathers.append(len(parameters))
-        weight.data = whole.clone()
-        yield
-        weight.data = torch.empty(0)
-
-    monkeypatch.setattr(lm_head, "gathered", gathered)
-    monkeypatch.setattr(lm_head, "is_deepspeed_zero3_enabled", lambda: True)
-    for rows in (5, 1, 0):
-        gathers.clear()
-        hidden = torch.randn(6, 32, requires_grad=True)
-        labels = torch.arange(6).masked_fill(torch.arange(6) >= rows, -100)
-        with lm_head.whole_head(weight, None) as (full, bias):
-            logps = linear_logprob(hidden, full, labels, strategy="recompute").logps
-        assert bias is None and weight.numel() == 0
-        logps.sum().backward()
-        assert len(gathers) == 2
-        copy_of_hidden = hidden.detach().requires_grad_()
-        expected = (copy_of_hidden @ whole.T).log_softmax(-1)[range(rows), range(rows)]
-        expected.sum().backward()
-        torch.testing.assert_close(hidden.grad, copy_of_hidden.grad)
