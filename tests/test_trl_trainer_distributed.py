@@ -1,4 +1,4 @@
-"""SPOTrainer in two gloo processes: DDP trains like one process, FSDP2 shards its degree head."""
+"""SPO trainers in two gloo processes: DDP trains like one process, FSDP2 shards the degree head."""
 
 from pathlib import Path
 
@@ -6,10 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from spo_naive import randomize_head
+from test_distributed import in_order
+from test_spo_trainers import build_spo
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
 from trl_tiny import Tiny, arguments, history
+from trl_trainers import Data
 from two_processes import assert_equal_across_ranks, rank, run_two_processes, work
 
 from spo_kernels.integrations import SPOTrainer
@@ -135,6 +140,61 @@ def fsdp(folder: Path) -> None:
     assert torch.equal(head.weight.full_tensor(), plain.spo_degree_head.weight)
 
 
+def methods(folder: Path) -> None:
+    """One step of SGD on DDP's gradients is one on the mean of those of both processes."""
+    # before the group exists, since of a group only the first process would save the model
+    data = Data(folder / f"rank{rank()}")
+    data.model()
+    rate = 0.05
+    for name in ("kto", "cpo", "orpo"):
+        for view in ("hidden", "text"):
+            trainer = build_spo(
+                name,
+                data,
+                folder / f"run{rank()}",
+                steps=1,
+                gamma=0.7,
+                view=view,
+                learning_rate=rate,
+                degree_head_learning_rate=rate,
+                max_grad_norm=0.0,
+                ddp_find_unused_parameters=False,
+            )
+            randomize_head(in_order(trainer))
+            start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+            batches, compute = [], trainer.compute_loss
+
+            def noting(model, inputs, *args, batches=batches, compute=compute, **kwargs):
+                assert isinstance(model, DistributedDataParallel)
+                batches.append(inputs)
+                return compute(model, inputs, *args, **kwargs)
+
+            trainer.compute_loss = noting
+            trainer.train()
+            trained = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+            assert_equal_across_ranks(trained)
+
+            trainer.model.load_state_dict(start)
+            trainer.model.zero_grad()
+            compute(trainer.model, *batches).backward()
+            moved = []
+            for parameter, before in start.items():
+                grad = trainer.model.get_parameter(parameter).grad
+                dist.all_reduce(grad)
+                expected = before - rate * grad / 2
+                case = f"{name}, {view}, {parameter}"
+                torch.testing.assert_close(
+                    trained[parameter], expected, atol=1e-6, rtol=1e-5, msg=case
+                )
+                moved.append((expected - before).abs().max().item())
+            assert sum(value > 1e-5 for value in moved) > len(moved) / 2
+
+
+@pytest.mark.slow
+def test_every_method_under_ddp(tmp_path):
+    run_two_processes(__file__, "methods", tmp_path)
+
+
 @pytest.mark.slow
 def test_ddp_equals_one_process(tmp_path):
     """One of the processes never sees key content, and in a third run nothing to score either."""
@@ -157,4 +217,4 @@ def test_fsdp2_gradients(tmp_path):
 
 
 if __name__ == "__main__":
-    work({"ddp": ddp, "fsdp": fsdp})
+    work({"ddp": ddp, "fsdp": fsdp, "methods": methods})
