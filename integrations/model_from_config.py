@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     PretrainedConfig,
@@ -100,5 +100,6 @@ def save_random_model(
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
     set_seed(seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    # from_config would shard it under ZeRO-3, which waits for the other ranks
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

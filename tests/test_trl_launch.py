@@ -1,0 +1,88 @@
+"""``accelerate launch`` with each configuration of the package: two processes train like one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trl_tiny import made_pairs
+from two_processes import DEADLINE_S, free_port
+
+from spo_kernels import cli, integrations
+
+CONFIGS = sorted((Path(integrations.__path__[0]) / "accelerate_configs").glob("*.yaml"))
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, made_pairs(16))), encoding="utf-8")
+    return path
+
+
+def flags(pairs: Path, folder: Path, *, batch_size: int) -> list[str]:
+    values = {
+        "dataset_name": pairs,
+        "model_config": "tiny",
+        "output_dir": folder,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "max_length": 128,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    return [
+        "train",
+        *(word for name, value in values.items() for word in (f"--{name}", f"{value}")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(pairs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    assert cli.main(flags(pairs, folder, batch_size=4)) == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_trains_like_one_process(config, pairs, alone, tmp_path):
+    """On a CPU Accelerate runs the FSDP file as DDP."""
+    if config.stem.startswith("zero"):
+        # its communication on a CPU is an extension that is compiled on first use
+        if find_spec("deepspeed") is None or shutil.which("c++") is None:
+            pytest.skip("deepspeed and a C++ compiler are needed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--mixed_precision", "no", "--main_process_port", str(free_port())]
+    command += ["-m", "spo_kernels.cli", *flags(pairs, tmp_path / "out", batch_size=2)]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        code = subprocess.run(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=DEADLINE_S,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ).returncode
+    assert code == 0, log.read_text()[-4000:]
+
+    name = "model.safetensors"
+    start, expected = (load_file(folder / name) for folder in (alone / "initial_model", alone))
+    found = load_file(tmp_path / "out" / name)
+    # ZeRO-2 saves a tied head as well
+    assert found.keys() - expected.keys() <= {"lm_head.weight"}
+    for parameter, value in expected.items():
+        torch.testing.assert_close(found[parameter], value, atol=1e-6, rtol=1e-5, msg=parameter)
+    assert max((expected[n] - start[n]).abs().max() for n in expected) > 1e-3
