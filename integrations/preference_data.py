@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SIDES = ("chosen", "rejected")
+SINGLE = "completion"
 
 
 def load_pairs(
@@ -16,8 +17,11 @@ def load_pairs(
     split: str,
     config: str | None = None,
     streaming: bool = False,
+    unpaired: bool = False,
 ) -> Dataset | IterableDataset:
     """Return one split of preference pairs; a single file has only the split ``train``.
+
+    With ``unpaired`` the rows may also be single responses: ``completion`` and a boolean ``label``.
 
     Raises: ValueError for a dataset that is empty, lacks a column, or (streamed: in its first row)
     has a row without a usable response.
@@ -41,21 +45,24 @@ def load_pairs(
         raise ValueError(f"--dataset_name must end in {known} when it is a file, got {name!r}")
     else:
         dataset = load_dataset(name, config, split=split, streaming=streaming)
-    check_pairs(dataset)
+    check_pairs(dataset, unpaired=unpaired)
     return dataset
 
 
-def check_pairs(dataset: Dataset | IterableDataset) -> None:
-    """Raise ValueError unless every row has two usable responses (streamed: the first row)."""
+def check_pairs(dataset: Dataset | IterableDataset, *, unpaired: bool = False) -> None:
+    """Raise ValueError unless every row has usable responses (streamed: the first row)."""
     streamed = isinstance(dataset, IterableDataset)
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("the dataset must have at least one row, got none")
-    missing = [side for side in SIDES if side not in first]
+    single = unpaired and SINGLE in first
+    sides = (SINGLE,) if single else SIDES
+    needed = (SINGLE, "prompt", "label") if single else SIDES
+    missing = [name for name in needed if name not in first]
     if missing:
-        wanted = " and ".join(repr(side) for side in missing)
+        wanted = " and ".join(map(repr, missing))
         raise ValueError(f"the dataset must have a column {wanted}, got {sorted(first)}")
-    columns = [name for name in ("prompt", *SIDES) if name in first]
+    columns = [name for name in ("prompt", *sides) if name in first]
     rows = [first] if streamed else dataset.select_columns(columns)
     for number, row in enumerate(rows):
         kinds = {name: kind_of(row[name]) for name in columns}
@@ -64,7 +71,7 @@ def check_pairs(dataset: Dataset | IterableDataset) -> None:
             raise ValueError(f"row {number} must be all text or all lists of messages, got {got}")
         if row.get("prompt") == []:
             raise ValueError(f"row {number} must have a prompt of at least one message, got none")
-        for side in SIDES:
+        for side in sides:
             if not _response(row[side]).strip():
                 raise ValueError(f"row {number} must have a response in {side!r}, got an empty one")
 
@@ -72,7 +79,7 @@ def check_pairs(dataset: Dataset | IterableDataset) -> None:
 def texts_of(dataset: Dataset | IterableDataset) -> Iterator[str]:
     """Yield every prompt and response as plain text."""
     for row in dataset:
-        for name in ("prompt", *SIDES):
+        for name in ("prompt", *SIDES, SINGLE):
             value = row.get(name, "")
             if isinstance(value, str):
                 yield value

@@ -1,4 +1,4 @@
-"""`spo-kernels train`: parses TRL-style flags, checks everything, then trains with SPOTrainer."""
+"""`spo-kernels train`: parses TRL-style flags, checks everything, then trains with SPO."""
 
 import difflib
 import shutil
@@ -13,17 +13,26 @@ import yaml
 from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 from packaging.version import Version
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, Trainer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from spo_kernels.integrations import SPOConfig, SPOTrainer
+from spo_kernels import integrations
 
 from .head_checkpoint import require_head
 from .model_from_config import folder_tokenizer, read_config, save_random_model, train_tokenizer
 from .preference_data import load_pairs, texts_of
+from .trl_config import SPOSettings
 
 # where a model built from a config is saved inside OUTPUT_DIR
 INITIAL_MODEL = "initial_model"
+
+# alignment method -> the names of its config and its trainer, imported where they are needed
+METHODS = {
+    "dpo": ("SPOConfig", "SPOTrainer"),
+    "kto": ("SPOKTOConfig", "SPOKTOTrainer"),
+    "cpo": ("SPOCPOConfig", "SPOCPOTrainer"),
+    "orpo": ("SPOORPOConfig", "SPOORPOTrainer"),
+}
 
 # what a mistake in flags, files or data raises before training begins
 SETUP_ERRORS = (
@@ -35,6 +44,20 @@ SETUP_ERRORS = (
     ValueError,
     yaml.YAMLError,
 )
+
+
+@dataclass
+class MethodArguments:
+    """Which alignment loss the degree loss is added to."""
+
+    method: str = field(
+        default="dpo",
+        metadata={
+            "help": "Alignment method: its config decides which other flags there are. 'cpo' is "
+            "also SimPO and AlphaPO, by --loss_type.",
+            "choices": list(METHODS),
+        },
+    )
 
 
 @dataclass
@@ -61,7 +84,7 @@ class _Parser(TrlParser):
 class TrainJob:
     """A trainer whose every input was checked."""
 
-    trainer: SPOTrainer
+    trainer: Trainer
     dataset_name: str
 
     def run(self) -> None:
@@ -77,9 +100,10 @@ class TrainJob:
             trainer.end()
 
 
-def make_parser() -> TrlParser:
-    """Return the parser of every flag of ``train``."""
-    types = (ScriptArguments, SPOConfig, ModelConfig, RandomModelArguments)
+def make_parser(method: str = "dpo") -> TrlParser:
+    """Return the parser of every flag that ``train`` has with this method."""
+    config = getattr(integrations, METHODS[method][0])
+    types = (MethodArguments, ScriptArguments, config, ModelConfig, RandomModelArguments)
     return _Parser(types, prog="spo-kernels train", allow_abbrev=False, usage="%(prog)s [flags]")
 
 
@@ -88,7 +112,7 @@ def prepare(arguments: Sequence[str]) -> TrainJob:
 
     Raises: one of ``SETUP_ERRORS`` for a mistake in flags, data or model.
     """
-    script, args, model, random_model = parse(arguments)
+    method, script, args, model, random_model = parse(arguments)
     output_dir = Path(args.output_dir)
     existed = output_dir.exists()
     if existed and not output_dir.is_dir():
@@ -102,7 +126,8 @@ def prepare(arguments: Sequence[str]) -> TrainJob:
     initial_model = output_dir / INITIAL_MODEL
     had_model = initial_model.exists()
     try:
-        return TrainJob(_make_trainer(script, args, model, random_model), script.dataset_name)
+        trainer = _make_trainer(method.method, script, args, model, random_model)
+        return TrainJob(trainer, script.dataset_name)
     except BaseException:
         if not existed:
             shutil.rmtree(output_dir, ignore_errors=True)
@@ -113,8 +138,8 @@ def prepare(arguments: Sequence[str]) -> TrainJob:
 
 def parse(
     arguments: Sequence[str],
-) -> tuple[ScriptArguments, SPOConfig, ModelConfig, RandomModelArguments]:
-    """Return the four argument groups; unknown or contradicting flags raise ValueError."""
+) -> tuple[MethodArguments, ScriptArguments, SPOSettings, ModelConfig, RandomModelArguments]:
+    """Return the five argument groups; unknown or contradicting flags raise ValueError."""
     # TRL's parser looks for the two-word form only
     words = []
     for word in arguments:
@@ -122,7 +147,7 @@ def parse(
     if words and words[-1] == "--config":
         raise ValueError("argument --config: expected one argument")
 
-    parser = make_parser()
+    parser = make_parser(method_of(words))
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
         parser.set_defaults(use_cpu=True, bf16=False)
@@ -131,7 +156,7 @@ def parse(
     )
     if unknown or from_file:
         raise ValueError(_unknown_flag((unknown or from_file)[0], parser))
-    script, args, model, random_model = groups
+    method, script, args, model, random_model = groups
 
     if script.dataset_name is None:
         raise ValueError("--dataset_name must be given: a hub id, a folder or a file of pairs")
@@ -140,7 +165,25 @@ def parse(
     if on_cpu:
         state = PartialState(cpu=args.use_cpu)
         state.print(f"No accelerator found: use_cpu={args.use_cpu}, bf16={args.bf16}")
-    return script, args, model, random_model
+    return method, script, args, model, random_model
+
+
+def method_of(words: Sequence[str]) -> str:
+    """Return the method that flags or their YAML file name, before there is a parser for it."""
+    before = _Parser(add_help=False, allow_abbrev=False)
+    before.add_argument("--method")
+    before.add_argument("--config")
+    found = before.parse_known_args(words)[0]
+    method = found.method
+    # a file that cannot be read is for TRL's parser to complain about
+    if method is None and found.config is not None and Path(found.config).is_file():
+        settings = yaml.safe_load(Path(found.config).read_text(encoding="utf-8"))
+        method = settings.get("method") if isinstance(settings, dict) else None
+    method = "dpo" if method is None else method
+    if method not in METHODS:
+        names = ", ".join(map(repr, METHODS))
+        raise ValueError(f"--method must be one of {names}, got {method!r}")
+    return method
 
 
 def first_sentence(error: BaseException) -> str:
@@ -169,11 +212,21 @@ def _unknown_flag(word: str, parser: TrlParser) -> str:
 
 
 def _make_trainer(
+    method: str,
     script: ScriptArguments,
-    args: SPOConfig,
+    args: SPOSettings,
     model: ModelConfig,
     random_model: RandomModelArguments,
-) -> SPOTrainer:
+) -> Trainer:
+    quantization = get_quantization_config(model)
+    loads_model = {"quantization_config": quantization}
+    if method in ("cpo", "orpo"):
+        if quantization is not None:
+            raise ValueError(
+                f"--load_in_4bit and --load_in_8bit must be off with --method {method}, whose "
+                "trainer of TRL does not load quantized models, got a quantization"
+            )
+        loads_model = {}
     config = random_model.model_config and read_config(random_model.model_config)
     with args.main_process_first(desc="loading the dataset"):
         splits = [
@@ -182,11 +235,15 @@ def _make_trainer(
                 split=split,
                 config=script.dataset_config,
                 streaming=script.dataset_streaming,
+                unpaired=method == "kto",
             )
             for split in (script.dataset_train_split, script.dataset_test_split)
             if split == script.dataset_train_split or args.eval_strategy != "no"
         ]
+    # CPO and ORPO would spread the model over the devices of a process
+    placed = {"device_map": None} if method in ("cpo", "orpo") else {}
     args.model_init_kwargs = {
+        **placed,
         "revision": model.model_revision,
         "trust_remote_code": args.trust_remote_code,
         "attn_implementation": model.attn_implementation,
@@ -206,11 +263,11 @@ def _make_trainer(
                 )
                 save_random_model(config, tokenizer, folder, seed=args.seed)
         source = str(folder)
-    return SPOTrainer(
+    return getattr(integrations, METHODS[method][1])(
         model=source,
         args=args,
         train_dataset=splits[0],
         eval_dataset=splits[1] if len(splits) > 1 else None,
-        quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
+        **loads_model,
     )

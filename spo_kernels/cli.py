@@ -35,20 +35,25 @@ usage: spo-kernels train --dataset_name DATA --model_name_or_path MODEL --output
   --output_dir X             where checkpoints and the final model go
   --config FILE              YAML file of flags; the command line wins over it
 
-  --gamma X                  weight of the degree loss, 0 is plain DPO
+  --method X                 dpo (default), kto, cpo (also SimPO and AlphaPO) or orpo: the alignment
+                             loss beside the degree loss. kto also takes columns prompt, completion
+                             and label instead of pairs
+
+  --gamma X                  weight of the degree loss, 0 trains the alignment loss alone
   --num_degrees X            preference degrees K, 2 to 16
   --view X                   hidden (pooled states) or text (shortened responses)
   --degree_head_learning_rate X
   --logprob_budget_mib X     workspace of one log-prob call
-  --loss_type X [X ...]      alignment loss as in TRL's DPOConfig
+  --loss_type X [X ...]      alignment loss as in TRL's config of the method
   --beta X                   inverse temperature of the alignment loss
   --learning_rate X          --per_device_train_batch_size X    --gradient_accumulation_steps X
   --max_length X             --num_train_epochs X               --max_steps X
   --use_peft                 LoRA, with --lora_r X, --lora_alpha X, --lora_target_modules X [X ...]
 
-These are the most used ones. Every field of SPOConfig (so of TRL's DPOConfig and of transformers'
-TrainingArguments), ScriptArguments and ModelConfig is a flag: `spo-kernels train --help-all` lists
-them, which takes some seconds. Without an accelerator use_cpu is on and bf16 off unless given.
+These are the most used ones. Every field of the method's config (of SPOConfig, so of TRL's
+DPOConfig and of transformers' TrainingArguments), ScriptArguments and ModelConfig is a flag:
+`spo-kernels train --method X --help-all` lists them, which takes some seconds. Without an
+accelerator use_cpu is on and bf16 off unless given.
 """
 
 # shapes of performance tables and examples: hidden size, vocabulary
@@ -108,7 +113,11 @@ def _train(arguments: Sequence[str]) -> int:
         return complain(prog, f"{error}. Install it with: pip install 'spo-kernels[trl]'")
 
     if "--help-all" in arguments:
-        train_command.make_parser().print_help()
+        others = [word for word in arguments if word != "--help-all"]
+        try:
+            train_command.make_parser(train_command.method_of(others)).print_help()
+        except train_command.SETUP_ERRORS as error:
+            return complain(prog, train_command.first_sentence(error))
         return 0
     try:
         job = train_command.prepare(arguments)

@@ -139,6 +139,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--logprob_budget_mib", "0.001"], "budget"),
         (["--model_name_or_path", "somewhere"], "exactly one of --model_name_or_path and"),
         (["--model_config", "nowhere"], "must be 'tiny' or a folder with a config.json"),
+        (["--method", "ppo"], "--method must be one of 'dpo', 'kto', 'cpo', 'orpo', got 'ppo'"),
+        (["--method"], "argument --method: expected one argument"),
+        (["--method", "kto", "--label_smoothing", "0.1"], "unknown argument --label_smoothing"),
+        (["--method", "kto", "--loss_type", "frob"], "invalid choice: 'frob'"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--dataset_train_split", "validation"], "a file has only the split 'train'"),
@@ -230,6 +234,42 @@ def test_train(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for folder in (output_dir, output_dir / "initial_model"):
         AutoModelForCausalLM.from_pretrained(folder)
         AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kto", "cpo", "orpo"])
+def test_train_with_another_method(method: str, pairs: str, tmp_path: Path) -> None:
+    """By flag, and from a file, whose other keys are then the method's."""
+    from transformers import AutoModelForCausalLM
+
+    flags = train_flags(pairs, tmp_path / "out")
+    assert cli.main([*flags, "--method", method, "--view", "text"]) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    config = tmp_path / "train.yaml"
+    own = {"kto": "desirable_weight", "cpo": "simpo_gamma", "orpo": "padding_value"}[method]
+    config.write_text(json.dumps({"method": method, own: 1}), encoding="utf-8")
+    flags = train_flags(pairs, tmp_path / "file")
+    assert cli.main([*flags, "--config", str(config), "--use_peft", "--lora_r", "4"]) == 0
+    assert (tmp_path / "file" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_train_on_single_responses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in map(conversational, range(4))
+        for side in ("chosen", "rejected")
+    ]
+    path = write_jsonl(tmp_path / "single.jsonl", rows)
+    assert cli.main([*train_flags(path, tmp_path / "out"), "--method", "kto"]) == 0
+    assert "must have a column 'chosen' and 'rejected'" in refused(
+        capsys, train_flags(path, tmp_path / "dpo")
+    )
+    bare = [{name: row[name] for name in ("prompt", "completion")} for row in rows]
+    path = write_jsonl(tmp_path / "bare.jsonl", bare)
+    assert "must have a column 'label'" in refused(
+        capsys, [*train_flags(path, tmp_path / "bare"), "--method", "kto"]
+    )
 
 
 @pytest.mark.slow

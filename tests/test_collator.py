@@ -112,6 +112,20 @@ def test_views_that_equal_the_one_before():
     assert batch["view_input_ids"].shape == (1, 9)
 
 
+def test_one_response_a_row():
+    rows = [
+        {name.replace("chosen", "completion"): value for name, value in pair.items()}
+        for pair in PAIRS
+    ]
+    for view in ("hidden", "text"):
+        found = PreferenceCollator(pad_token_id=0, view=view, sides=("completion",))(rows)
+        expected = PreferenceCollator(pad_token_id=0, view=view, sides=("chosen",))(PAIRS)
+        assert found.keys() == expected.keys()
+        assert len(found["input_ids"]) == 2 and found["scored_rows"] == 6
+        for name in found.keys() - {"scored_rows"}:
+            assert torch.equal(found[name], expected[name]), name
+
+
 def test_errors():
     with pytest.raises(
         ValueError, match="PreferenceCollator: view must be one of 'hidden', 'text'"

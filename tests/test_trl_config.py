@@ -1,10 +1,16 @@
-"""SPOConfig: every range, its place on a command line, and the versions of TRL that are refused."""
+"""The SPO configs: every range, their place on a command line, the TRL versions refused."""
 
 import pytest
 from transformers import HfArgumentParser
 from trl_tiny import arguments
 
-from spo_kernels.integrations import SPOConfig, trl_version
+from spo_kernels.integrations import (
+    SPOConfig,
+    SPOCPOConfig,
+    SPOKTOConfig,
+    SPOORPOConfig,
+    trl_version,
+)
 from spo_kernels.integrations.trl_config import LOSS_TYPES, SPOSettings
 
 BAD = [
@@ -31,10 +37,39 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), BAD, ids=lambda value: str(value)[:40])
-def test_ranges(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=f"^SPOConfig: {message}"):
-        arguments(tmp_path, **settings)
+# what only the other configs have
+BAD_KTO = [
+    (
+        {"loss_type": "sigmoid"},
+        "loss_type must be one of 'kto', 'apo_zero_unpaired', got 'sigmoid'",
+    ),
+    ({"desirable_weight": -1.0}, "desirable_weight must be a finite number >= 0.0, got -1.0"),
+    ({"undesirable_weight": -1.0}, "undesirable_weight must be a finite number >= 0.0, got -1.0"),
+    ({"beta": 0.0}, "beta must be a finite number > 0.0, got 0.0"),
+]
+BAD_PAIRS = [
+    ({"is_encoder_decoder": True}, "is_encoder_decoder must be unset or False: the fused LM head"),
+    ({"max_length": 1}, "max_length must be a finite number >= 2, got 1"),
+]
+BAD_CPO = [
+    ({"loss_type": "kto_pair"}, "loss_type must be one of 'sigmoid', .* 'alphapo', got 'kto_pair'"),
+    ({"label_smoothing": 0.5}, "label_smoothing must be a finite number >= 0.0 and < 0.5, got 0.5"),
+    ({"cpo_alpha": -1.0}, "cpo_alpha must be a finite number >= 0.0, got -1.0"),
+    ({"simpo_gamma": float("inf")}, "simpo_gamma must be a finite number, got inf"),
+    ({"alpha": float("nan")}, "alpha must be a finite number, got nan"),
+]
+CONFIGS = (SPOConfig, SPOKTOConfig, SPOCPOConfig, SPOORPOConfig)
+EVERY_BAD = [(SPOConfig, *bad) for bad in BAD]
+EVERY_BAD += [(kind, *bad) for kind in CONFIGS[1:] for bad in BAD[:12]]
+EVERY_BAD += [(SPOKTOConfig, *bad) for bad in BAD_KTO]
+EVERY_BAD += [(SPOCPOConfig, *bad) for bad in BAD_PAIRS + BAD_CPO]
+EVERY_BAD += [(SPOORPOConfig, *bad) for bad in BAD_PAIRS]
+
+
+@pytest.mark.parametrize(("kind", "settings", "message"), EVERY_BAD, ids=lambda v: str(v)[:40])
+def test_ranges(tmp_path, kind, settings, message):
+    with pytest.raises(ValueError, match=f"^{kind.__name__}: {message}"):
+        arguments(tmp_path, kind, **settings)
 
 
 def test_defaults(tmp_path):
@@ -52,11 +87,13 @@ def test_command_line(tmp_path):
     for name, field in SPOConfig.__dataclass_fields__.items():
         if name in own:
             assert field.metadata["help"].endswith("."), name
+    assert all(own <= set(kind.__dataclass_fields__) for kind in CONFIGS)
     words = "--gamma 0.2 --view text --pooling last --key_content_stop_words der die --bf16 False"
     flags = ["--output_dir", str(tmp_path), *words.split(), "--use_cpu"]
-    (config,) = HfArgumentParser(SPOConfig).parse_args_into_dataclasses(flags)
-    assert (config.gamma, config.view, config.pooling) == (0.2, "text", "last")
-    assert config.key_content_stop_words == ["der", "die"]
+    for kind in CONFIGS:
+        (config,) = HfArgumentParser(kind).parse_args_into_dataclasses(flags)
+        assert (config.gamma, config.view, config.pooling) == (0.2, "text", "last")
+        assert config.key_content_stop_words == ["der", "die"]
 
 
 @pytest.mark.parametrize("found", ["1.15.2", "1.17.0", "1.17.0.dev0", "2.0.0"])
