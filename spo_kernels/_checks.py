@@ -53,13 +53,17 @@ def check_dtype(
 
 
 def check_shape(op: str, argument: str, value: torch.Tensor, shape: tuple, spec: str) -> None:
-    """Require ``value.shape == shape`` (``None`` fits any size); ``spec`` is what the text says."""
+    """Require ``value.shape == shape`` (``None`` fits any size).
+
+    ``spec`` is what the text says, sizes of ``shape`` filled in by place: "[P] with P={0}". Filled
+    in sooner, torch.compile would make a graph for each size.
+    """
     fits = value.shape == shape or (
         value.dim() == len(shape)
         and all(want is None or size == want for size, want in zip(value.shape, shape, strict=True))
     )
     if not fits:
-        fail(op, argument, f"have shape {spec}", tuple(value.shape))
+        fail(op, argument, f"have shape {spec.format(*shape)}", tuple(value.shape))
 
 
 def check_same_device(op: str, named: dict[str, torch.Tensor | None]) -> None:
@@ -75,9 +79,14 @@ def check_positive_float(op: str, argument: str, value: Any) -> float:
     """Require a Python number that is finite and > 0; tensors are refused (they would sync)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(op, argument, "be a Python float > 0", type(value).__name__, error=TypeError)
-    if not (value > 0 and math.isfinite(value)):
+    if not (value > 0 and is_finite(value)):
         fail(op, argument, "be a finite float > 0", value)
     return float(value)
+
+
+def is_finite(value: float) -> bool:
+    """``math.isfinite`` in a form that torch.compile traces where the number is a symbol."""
+    return -math.inf < value < math.inf
 
 
 def check_number(op: str, argument: str, value: Any) -> None:
@@ -138,28 +147,49 @@ def refuse_fp64_on_triton(
             )
 
 
+# facts of the machine, which torch.compile must not trace
+@torch.compiler.assume_constant_result
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _has_bf16_cores(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
 def triton_interpreter_on() -> bool:
     """Whether Triton kernels run in its interpreter, the only way they run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def resolve_backend(op: str, backend: str, tensor: torch.Tensor) -> str:
+def resolve_backend(
+    op: str, backend: str, tensor: torch.Tensor, *, is_custom_op: bool = False
+) -> str:
     """Return ``"triton"`` or ``"torch"``.
 
     ``"auto"``: Triton for a CUDA tensor on compute capability >= 8.0 where triton is installed, the
-    torch backend everywhere else. An explicit backend that cannot run raises.
+    torch backend everywhere else. An explicit backend that cannot run raises. Under torch.compile
+    an op that is no custom op is traced whole, which the torch backend alone can be.
     """
     check_choice(op, "backend", backend, ("auto", "torch", "triton"))
     if backend == "torch":
         return "torch"
+    if torch.compiler.is_compiling() and not is_custom_op:
+        if backend == "auto":
+            return "torch"
+        raise NotImplementedError(
+            f"{op}: backend must be 'torch' or 'auto' under torch.compile, got 'triton'. The graph "
+            "holds the torch backend's operations, which its compiler fuses."
+        )
     on_gpu = tensor.device.type == "cuda" and torch.version.cuda is not None
     if backend == "auto" and not on_gpu:
         return "torch"
     # a walk along the import path: only where the answer matters
-    installed = importlib.util.find_spec("triton") is not None
+    installed = _triton_installed()
     if backend == "auto":
-        able = installed and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
-        return "triton" if able else "torch"
+        return "triton" if installed and _has_bf16_cores(tensor.device) else "torch"
     if not installed:
         raise NotImplementedError(
             f"{op}: backend='triton' needs the triton package, which is not installed. "

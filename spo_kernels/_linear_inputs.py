@@ -1,5 +1,8 @@
 """What the ops over a linear head share: checks, scored rows, which backend runs a call."""
 
+from operator import index
+from typing import Any, NamedTuple
+
 import torch
 
 from spo_kernels._call import Rows, Shard
@@ -35,6 +38,38 @@ def planned_device(backend: str, device: torch.device) -> str:
     return f"cuda:{arch_of(device)}"
 
 
+def plan_question(
+    rows: Rows,
+    tensors: tuple[torch.Tensor | None, ...],
+    *,
+    compute_dtype: torch.dtype,
+    needs_grad: frozenset[str],
+    outputs: tuple[str, ...],
+    softcap: float | None,
+) -> dict[str, Any]:
+    """Return what ``plan_linear_logprob`` asks about a call, but for its wishes and its device.
+
+    ``tensors`` are hidden, weight, bias, lora_a and lora_b.
+    """
+    hidden, weight, bias, _, lora_b = tensors
+    return {
+        "rows": rows.count,
+        # index() makes plain integers of sizes that are symbols in a traced graph
+        "hidden_size": index(weight.shape[1]),
+        "vocab_size": index(weight.shape[0]),
+        "dtype": compute_dtype,
+        "weight_dtype": weight.dtype,
+        "needs_grad": needs_grad,
+        "outputs": outputs,
+        "bias": bias is not None,
+        "lora_rank": 0 if lora_b is None else index(lora_b.shape[1]),
+        "softcap": softcap,
+        "gathered": rows.index is not None,
+        "hidden_dtype": hidden.dtype,
+        "head_copied": weight.stride(1) != 1,
+    }
+
+
 def needed_grads(tensors: tuple[torch.Tensor | None, ...]) -> frozenset[str]:
     """Return which of hidden, weight, bias, lora_a and lora_b need a gradient."""
     return frozenset(
@@ -59,12 +94,7 @@ def scored_rows_of(
     With a shard ``vocab_size`` is its own; labels come relative to its first row.
     """
     scored = labels != ignore_index
-    if scored_rows is not None and (
-        isinstance(scored_rows, bool) or not isinstance(scored_rows, int)
-    ):
-        fail(op, "scored_rows", "be an int or None", type(scored_rows).__name__, error=TypeError)
-    if scored_rows is not None and not 0 <= scored_rows <= labels.numel():
-        fail(op, "scored_rows", f"be between 0 and {labels.numel()}", scored_rows)
+    _check_scored_rows(op, labels, scored_rows)
     on_host = labels.device.type == "cpu"
     exact = None
     if scored_rows is None or validate or on_host:
@@ -88,6 +118,63 @@ def scored_rows_of(
     return rows, row_labels if shard is None else row_labels - shard.start, exact
 
 
+def reads_no_host(labels: torch.Tensor, scored_rows: int | None) -> bool:
+    """Whether the call is traced or captured, where the host has no numbers to read."""
+    if torch.compiler.is_compiling():
+        return True
+    needs_count = scored_rows is None and labels.device.type == "cuda"
+    return needs_count and torch.cuda.is_current_stream_capturing()
+
+
+class GraphRows(NamedTuple):
+    """The rows of a call that reads nothing on the host, and what its outputs must become."""
+
+    hidden: torch.Tensor
+    lora_a: torch.Tensor | None
+    rows: Rows
+    labels: torch.Tensor  # [N] int64, 0 where one is outside [0, V)
+    ignored: torch.Tensor  # [...] bool: outputs read 0
+    wrong: torch.Tensor  # [...] bool: outputs read NaN
+
+    def repaired(self, value: torch.Tensor | None) -> torch.Tensor | None:
+        """Return an output without what ignored rows and bad labels left in it."""
+        if value is None:
+            return None
+        if value.dtype == torch.bool:
+            return value & ~(self.ignored | self.wrong)
+        return value.masked_fill(self.ignored, 0.0).masked_fill(self.wrong, torch.nan)
+
+
+def graph_rows_of(
+    op: str,
+    hidden: torch.Tensor,
+    lora_a: torch.Tensor | None,
+    labels: torch.Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    scored_rows: int | None,
+) -> GraphRows:
+    """Choose the rows of a traced or captured call.
+
+    Without a count every row is scored; the hidden states of ignored ones become 0, and so does
+    their gradient, so that nothing they hold, not even NaN, gets out.
+    """
+    _check_scored_rows(op, labels, scored_rows)
+    scored = labels != ignore_index
+    outside = scored & ((labels < 0) | (labels >= vocab_size))
+    usable = labels.masked_fill(~scored | outside, 0)
+    if scored_rows is None:
+        hidden, lora_a = (
+            None if tensor is None else tensor.masked_fill(~scored[..., None], 0.0)
+            for tensor in (hidden, lora_a)
+        )
+        rows = Rows(labels.numel(), labels.shape, None)
+        return GraphRows(hidden, lora_a, rows, usable.reshape(-1).long(), ~scored, outside)
+    rows, row_labels = rows_of(hidden, usable, scored, scored_rows)
+    wrong = outside | (scored.sum() != scored_rows)
+    return GraphRows(hidden, lora_a, rows, row_labels, ~scored, wrong)
+
+
 def rows_of(
     hidden: torch.Tensor, labels: torch.Tensor, scored: torch.Tensor, count: int
 ) -> tuple[Rows, torch.Tensor]:
@@ -99,8 +186,17 @@ def rows_of(
     if count == labels.numel() and flat_view:
         return Rows(count, labels.shape, None), labels.reshape(-1).long().contiguous()
     places = torch.nonzero_static(scored, size=count, fill_value=0)
-    index = tuple(places.t().contiguous().unbind())
-    return Rows(count, labels.shape, index), labels[index].long()
+    axes = tuple(places.t().contiguous().unbind())
+    return Rows(count, labels.shape, axes), labels[axes].long()
+
+
+def _check_scored_rows(op: str, labels: torch.Tensor, scored_rows: int | None) -> None:
+    if scored_rows is None:
+        return
+    if isinstance(scored_rows, bool) or not isinstance(scored_rows, int):
+        fail(op, "scored_rows", "be an int or None", type(scored_rows).__name__, error=TypeError)
+    if not 0 <= scored_rows <= labels.numel():
+        fail(op, "scored_rows", f"be between 0 and {labels.numel()}", scored_rows)
 
 
 def read_counts(
@@ -154,12 +250,12 @@ def check_head_inputs(
             way_out="A sharded head must be gathered first (ZeRO-3: GatheredParameters).",
             error=RuntimeError,
         )
-    check_shape(op, "weight", weight, (None, H), f"[V, H] with H={H}")
+    check_shape(op, "weight", weight, (None, H), "[V, H] with H={1}")
     V = weight.shape[0]
     heads = {"weight": weight}
     if bias is not None:
         check_tensor(op, "bias", bias)
-        check_shape(op, "bias", bias, (V,), f"[V] with V={V}")
+        check_shape(op, "bias", bias, (V,), "[V] with V={0}")
         heads["bias"] = bias
     if lora is not None:
         if not (isinstance(lora, tuple) and len(lora) == 2):
@@ -167,7 +263,7 @@ def check_head_inputs(
         a_out, b = lora
         for name, tensor in (("lora a_out", a_out), ("lora b", b)):
             check_tensor(op, name, tensor)
-        check_shape(op, "lora b", b, (V, None), f"[V, r] with V={V}")
+        check_shape(op, "lora b", b, (V, None), "[V, r] with V={0}")
         if b.shape[1] == 0:
             fail(op, "lora b", "have rank r >= 1", 0)
         leading, rank = tuple(hidden.shape[:-1]), b.shape[1]

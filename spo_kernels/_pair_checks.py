@@ -1,6 +1,5 @@
 """Checks of ``preference_loss``: what its arguments must be before anything is allocated."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from spo_kernels._checks import (
     check_tensor,
     dtype_name,
     fail,
+    is_finite,
 )
 from spo_kernels._pairs import PairCall, PairData, Side
 from spo_kernels.loss_table import (
@@ -66,7 +66,7 @@ def check_mix(
         fail(_OP, "loss_weights", f"have one weight for each of {len(names)} types", loss_weights)
     for weight in loss_weights:
         check_number(_OP, "loss_weights", weight)
-        if not math.isfinite(weight):
+        if not is_finite(weight):
             fail(_OP, "loss_weights", "be finite", weight)
     return losses, tuple(float(weight) for weight in loss_weights)
 
@@ -90,7 +90,7 @@ def check_call(
         fail(_OP, "ada_tau_max", f"be at least ada_tau_min={low:g}", high)
     check_choice(_OP, "f_divergence_type", divergence, F_DIVERGENCES)
     check_number(_OP, "f_alpha_divergence_coef", divergence_coef)
-    if not math.isfinite(divergence_coef):
+    if not is_finite(divergence_coef):
         fail(_OP, "f_alpha_divergence_coef", "be finite", divergence_coef)
     power = float(divergence_coef) - 1.0
     if divergence == "alpha_divergence" and abs(power) < 1e-6:
@@ -152,7 +152,7 @@ def check_sides(chosen: Side, rejected: Side, response: Side, data: PairData, ca
     for name, tensor in pair_data.items():
         if tensor is not None:
             check_dtype(_OP, name, tensor, _FLOATS)
-            check_shape(_OP, name, tensor, (P,), f"[P] with P={P} like chosen_logps")
+            check_shape(_OP, name, tensor, (P,), "[P] with P={0} like chosen_logps")
     for which in ("rejected", "response"):
         logps = sides[which].logps
         if logps is not None and logps.dtype != chosen.logps.dtype:
@@ -269,9 +269,9 @@ def _check_side(which: str, side: Side, P: int | None) -> int:
             shape = tuple(logps.shape)
             check_shape(_OP, names[field], tensor, shape, f"{shape} like {names['logps']}")
         else:
-            check_shape(_OP, names[field], tensor, (P,), f"[P] with P={P} like chosen_logps")
+            check_shape(_OP, names[field], tensor, (P,), "[P] with P={0} like chosen_logps")
     if side.lengths is not None:
-        spec = f"[P] with P={P} like chosen_logps"
+        spec = "[P] with P={0} like chosen_logps"
         check_shape(_OP, names["lengths"], side.lengths, (P,), spec)
     if side.mask is not None:
         if logps.dim() != 2:

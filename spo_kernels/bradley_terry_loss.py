@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from spo_kernels import _torch_bradley_terry
 from spo_kernels._checks import (
     FLOAT_DTYPES,
     check_dtype,
@@ -131,8 +132,6 @@ def _backend(name: str):
         from spo_kernels.kernels import bradley_terry_loss
 
         return bradley_terry_loss
-    from spo_kernels import _torch_bradley_terry
-
     return _torch_bradley_terry
 
 
@@ -146,10 +145,11 @@ def _check_tensors(rewards: dict[str, torch.Tensor], margins: torch.Tensor | Non
     if chosen.dim() != 1 and (chosen.dim() != 2 or chosen.shape[1] != 1):
         fail(_OP, "chosen_rewards", "have shape [P] or [P, 1]", tuple(chosen.shape))
     P = chosen.shape[0]
-    spec = f"[P{', 1' if chosen.dim() == 2 else ''}] with P={P} like chosen_rewards"
+    spec = "[P, 1]" if chosen.dim() == 2 else "[P]"
+    spec += " with P={0} like chosen_rewards"
     check_shape(_OP, "rejected_rewards", rejected, tuple(chosen.shape), spec)
     if margins is not None:
-        check_shape(_OP, "margins", margins, (P,), f"[P] with P={P}")
+        check_shape(_OP, "margins", margins, (P,), "[P] with P={0}")
     if rejected.dtype != chosen.dtype:
         want, got = (dtype_name(t.dtype) for t in (chosen, rejected))
         fail(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from spo_kernels import _torch_degree
 from spo_kernels._checks import (
     FLOAT_DTYPES,
     check_dtype,
@@ -153,9 +154,7 @@ def _backend(name: str) -> _Backend:
         from spo_kernels.kernels import degree_loss as fwd
         from spo_kernels.kernels import degree_loss_bwd as bwd
     else:
-        from spo_kernels import _torch_degree as fwd
-
-        bwd = fwd
+        fwd = bwd = _torch_degree
     return _Backend(fwd.degree_loss_fwd, bwd.degree_loss_bwd_hidden, bwd.degree_loss_bwd_head)
 
 
@@ -185,7 +184,7 @@ def _check(
 
     check_shape(_OP, "hidden", hidden, (None, None), "[N, H]")
     N, H = hidden.shape
-    check_shape(_OP, "removal_levels", removal_levels, (N,), f"[N] with N={N}")
+    check_shape(_OP, "removal_levels", removal_levels, (N,), "[N] with N={0}")
     if segment_offsets.dim() != 1 or segment_offsets.numel() == 0:
         fail(_OP, "segment_offsets", "have shape [S + 1]", tuple(segment_offsets.shape))
     if head_weight.numel() == 0 and head_weight.dim() <= 2:
@@ -197,13 +196,13 @@ def _check(
             way_out="A sharded head must be gathered first (ZeRO-3: GatheredParameters).",
             error=RuntimeError,
         )
-    check_shape(_OP, "head_weight", head_weight, (None, H), f"[K, H] with H={H}")
+    check_shape(_OP, "head_weight", head_weight, (None, H), "[K, H] with H={1}")
     K = head_weight.shape[0]
     if not 2 <= K <= _MAX_DEGREES:
         fail(_OP, "head_weight", f"have 2 to {_MAX_DEGREES} rows (degrees K)", K)
     if head_bias is not None:
         check_dtype(_OP, "head_bias", head_bias, (head_weight.dtype,))
-        check_shape(_OP, "head_bias", head_bias, (K,), f"[K] with K={K}")
+        check_shape(_OP, "head_bias", head_bias, (K,), "[K] with K={0}")
     if not isinstance(center_views, bool):
         fail(_OP, "center_views", "be a bool", type(center_views).__name__, error=TypeError)
     check_same_device(_OP, named)

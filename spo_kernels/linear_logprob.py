@@ -19,10 +19,14 @@ from spo_kernels._checks import (
 from spo_kernels._linear_inputs import (
     backend_of,
     check_head_inputs,
+    graph_rows_of,
     needed_grads,
+    plan_question,
     planned_device,
+    reads_no_host,
     scored_rows_of,
 )
+from spo_kernels._linear_logprob_graph import GraphCall, linear_logprob_in_graph
 from spo_kernels.planner import GRAD_INPUTS, OUTPUTS, STRATEGIES, plan_linear_logprob
 
 _OP = "linear_logprob"
@@ -69,8 +73,12 @@ def linear_logprob(
     softmax statistics are taken from the accumulator. Ignored positions are dropped before any
     product and read 0. Results are bit-for-bit repeatable, and the same row gives the same log-prob
     whatever the strategy, the budget or the rows beside it. ``plan_linear_logprob`` chooses how.
-    A gradient that arrives at the entropy of a ``direction`` plan costs a further pass and its
-    workspace, 64 MiB + (4 + itemsize) NH; force ``resident`` or ``recompute`` if you use one.
+    Under ``torch.compile`` the op is one node of the graph, and there and under CUDA graph capture
+    nothing is read on the host: without ``scored_rows`` every row is scored, ignored ones as zeros
+    whose results and gradients are 0, and a label outside [0, V) gives NaN; ``group`` and
+    ``validate`` are refused. A gradient that arrives at the entropy of a ``direction`` plan costs a
+    further pass and its workspace, 64 MiB + (4 + itemsize) NH; force ``resident`` or ``recompute``
+    if you use one.
 
     Args:
         hidden: ``[..., H]`` bf16/fp16/fp32 (fp64 on the torch backend), any strides.
@@ -116,29 +124,49 @@ def linear_logprob(
     logit_scale = check_positive_float(_OP, "logit_scale", logit_scale)
     if softcap is not None:
         softcap = check_positive_float(_OP, "softcap", softcap)
-    backend = resolve_backend(_OP, backend, hidden)
+    backend = resolve_backend(_OP, backend, hidden, is_custom_op=True)
     refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype})
+    in_graph = reads_no_host(labels, scored_rows)
+    if in_graph:
+        _refuse_in_graph(group, validate)
     shard = None if group is None else _vocab_parallel.shard_of(_OP, group, weight, labels)
-    rows, row_labels, exact = scored_rows_of(
-        _OP, hidden, labels, weight.shape[0], ignore_index, scored_rows, validate, shard
-    )
     lora_a, lora_b = lora if lora is not None else (None, None)
+    exact = found = None
+    if in_graph:
+        found = graph_rows_of(
+            _OP, hidden, lora_a, labels, weight.shape[0], ignore_index, scored_rows
+        )
+        hidden, lora_a, rows, row_labels = found[:4]
+    else:
+        rows, row_labels, exact = scored_rows_of(
+            _OP, hidden, labels, weight.shape[0], ignore_index, scored_rows, validate, shard
+        )
     tensors = (hidden, weight, bias, lora_a, lora_b)
     needs = needed_grads(tensors)
-    plan = plan_linear_logprob(
-        rows=rows.count,
-        hidden_size=weight.shape[1],
-        vocab_size=weight.shape[0],
-        dtype=compute_dtype,
-        weight_dtype=weight.dtype,
+    question = plan_question(
+        rows,
+        tensors,
+        compute_dtype=compute_dtype,
         needs_grad=needs,
         outputs=outputs,
-        bias=bias is not None,
-        lora_rank=0 if lora_b is None else lora_b.shape[1],
         softcap=softcap,
-        gathered=rows.index is not None,
-        hidden_dtype=hidden.dtype,
-        head_copied=weight.stride(1) != 1,
+    )
+    if torch.compiler.is_compiling():
+        settings = GraphCall(
+            ",".join(outputs),
+            ",".join(name for name in GRAD_INPUTS if name in needs),
+            strategy,
+            backend,
+            compute_dtype,
+            temperature,
+            logit_scale,
+            softcap,
+            budget_bytes,
+        )
+        values = linear_logprob_in_graph(tensors, row_labels, rows, settings, question)
+        return LinearLogprobOutput(*map(found.repaired, values))
+    plan = plan_linear_logprob(
+        **question,
         group_size=1 if group is None else group.size(),
         budget_bytes=budget_bytes,
         strategy=strategy,
@@ -164,7 +192,19 @@ def linear_logprob(
             value if value is None or value.dtype == torch.bool else value.where(exact, torch.nan)
             for value in values
         )
+    if found is not None:
+        values = map(found.repaired, values)
     return LinearLogprobOutput(*values)
+
+
+def _refuse_in_graph(group: dist.ProcessGroup | None, validate: bool) -> None:
+    """Refuse what reads the host or talks to other ranks while a graph is traced or captured."""
+    for name, given in (("group", group is not None), ("validate", validate)):
+        if given:
+            raise NotImplementedError(
+                f"{_OP}: {name} must be left out under torch.compile and CUDA graph capture, "
+                f"got {'a group' if name == 'group' else validate}. Call it outside the graph."
+            )
 
 
 class _LinearLogprobFunction(torch.autograd.Function):

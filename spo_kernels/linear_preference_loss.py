@@ -136,11 +136,16 @@ def linear_preference_loss(
         no double backward.
     Raises: ValueError (shape, range, device, budget), TypeError (dtype), IndexError (a label
         outside [0, V)), RuntimeError (an empty, sharded weight; double backward),
-        NotImplementedError (a strategy or backend that cannot).
+        NotImplementedError (a strategy or backend that cannot, a call under torch.compile).
     Source: computing a loss's gradient while its logits live as in Hsu et al. 2024 (Liger),
         arXiv:2410.10989. Differs from it by: log-probs in fp32, sums over groups in fp32, any loss
         type, no vocabulary-sized tile outside the budget.
     """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{_OP}: must run outside torch.compile, since it groups pairs by counts read on the "
+            "host, got a traced call. Use linear_logprob and preference_loss."
+        )
     compute_dtype = check_head_inputs(_OP, hidden, weight, labels, bias, lora)
     losses, weights = check_mix(loss_type, loss_weights)
     parameters = {

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from spo_kernels import _torch_listwise
 from spo_kernels._checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -152,8 +153,6 @@ def _backend(name: str):
         from spo_kernels.kernels import listwise_preference_loss
 
         return listwise_preference_loss
-    from spo_kernels import _torch_listwise
-
     return _torch_listwise
 
 
@@ -174,5 +173,5 @@ def _check_tensors(floats: dict[str, torch.Tensor | None], mask: torch.Tensor | 
     if not 2 <= K <= _MAX_RESPONSES:
         fail(_OP, "logps", f"have 2 to {_MAX_RESPONSES} columns (responses K)", K)
     for name, tensor in named.items():
-        check_shape(_OP, name, tensor, (B, K), f"[B, K] with B={B}, K={K} like logps")
+        check_shape(_OP, name, tensor, (B, K), "[B, K] with B={0}, K={1} like logps")
     check_same_device(_OP, named)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from spo_kernels import _torch_preference
 from spo_kernels._checks import (
     refuse_double_backward,
     refuse_fp64_on_triton,
@@ -245,8 +246,6 @@ def loss_backend_of(name: str):
         from spo_kernels.kernels import preference_loss
 
         return preference_loss
-    from spo_kernels import _torch_preference
-
     return _torch_preference
 
 

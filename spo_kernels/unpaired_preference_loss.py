@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from spo_kernels import _torch_unpaired
 from spo_kernels._checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -206,9 +207,7 @@ def _backend(name: str) -> _Backend:
         from spo_kernels.kernels import unpaired_preference_loss as fwd
         from spo_kernels.kernels import unpaired_preference_loss_bwd as bwd
     else:
-        from spo_kernels import _torch_unpaired as fwd
-
-        bwd = fwd
+        fwd = bwd = _torch_unpaired
     return _Backend(fwd.unpaired_preference_loss_fwd, bwd.unpaired_preference_loss_bwd_tokens)
 
 
@@ -255,8 +254,9 @@ def _check_tensors(
     if segment_offsets is not None:
         check_tensor(_OP, "segment_offsets", segment_offsets)
         check_dtype(_OP, "segment_offsets", segment_offsets, (torch.int64,))
-        text = f"[S + 1] with S={S} like is_desirable"
-        check_shape(_OP, "segment_offsets", segment_offsets, (S + 1,), text)
+        if segment_offsets.shape != (S + 1,):
+            requirement = f"have shape [S + 1] with S={S} like is_desirable"
+            fail(_OP, "segment_offsets", requirement, tuple(segment_offsets.shape))
         if logps.dim() not in (1, 2):
             fail(_OP, "logps", "have shape [N] or [B, T] with segment_offsets", tuple(logps.shape))
     elif logps.dim() not in (1, 2) or logps.shape[0] != S:
@@ -270,7 +270,7 @@ def _check_tensors(
     if floats["kl_logps"] is not None:
         check_shape(_OP, "kl_logps", floats["kl_logps"], (None,), "[M]")
         M = floats["kl_logps"].numel()
-        text = f"[M] with M={M} like kl_logps"
+        text = "[M] with M={0} like kl_logps"
         check_shape(_OP, "ref_kl_logps", floats["ref_kl_logps"], (M,), text)
     for name in ("kl", "reward_shift"):
         if floats[name] is not None:
