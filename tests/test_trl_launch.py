@@ -18,6 +18,7 @@ from spo_kernels import cli, integrations
 
 CONFIGS = sorted((Path(integrations.__path__[0]) / "accelerate_configs").glob("*.yaml"))
 STEPS = 2
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def pairs(tmp_path_factory) -> Path:
     return path
 
 
-def flags(pairs: Path, folder: Path, *, batch_size: int) -> list[str]:
+def flags(pairs: Path, folder: Path, *, batch_size: int, on_gpu: bool = False) -> list[str]:
     values = {
         "dataset_name": pairs,
         "model_config": "tiny",
@@ -42,6 +43,8 @@ def flags(pairs: Path, folder: Path, *, batch_size: int) -> list[str]:
         "max_length": 128,
         "report_to": "none",
         "save_strategy": "no",
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu,
     }
     return [
         "train",
@@ -56,33 +59,51 @@ def alone(pairs, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_trains_like_one_process(config, pairs, alone, tmp_path):
-    """On a CPU Accelerate runs the FSDP file as DDP."""
+def launch(config: Path, pairs: Path, folder: Path, more: list[str], *, on_gpu: bool) -> dict:
+    """Return the weights that ``accelerate launch`` of a training run leaves behind."""
     if config.stem.startswith("zero"):
         # its communication on a CPU is an extension that is compiled on first use
         if find_spec("deepspeed") is None or shutil.which("c++") is None:
             pytest.skip("deepspeed and a C++ compiler are needed")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--mixed_precision", "no", "--main_process_port", str(free_port())]
-    command += ["-m", "spo_kernels.cli", *flags(pairs, tmp_path / "out", batch_size=2)]
-    log = tmp_path / "log"
+    command += ["--main_process_port", str(free_port()), *more, "-m", "spo_kernels.cli"]
+    log = folder.with_suffix(".log")
     with log.open("w") as output:
         code = subprocess.run(
-            command,
+            [*command, *flags(pairs, folder, batch_size=2, on_gpu=on_gpu)],
             stdout=output,
             stderr=subprocess.STDOUT,
             timeout=DEADLINE_S,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         ).returncode
     assert code == 0, log.read_text()[-4000:]
+    return load_file(folder / WEIGHTS)
 
-    name = "model.safetensors"
-    start, expected = (load_file(folder / name) for folder in (alone / "initial_model", alone))
-    found = load_file(tmp_path / "out" / name)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_trains_like_one_process(config, pairs, alone, tmp_path):
+    """On a CPU Accelerate runs the FSDP file as DDP."""
+    more = ["--cpu"] if torch.cuda.is_available() else []
+    more += ["--mixed_precision", "no"]
+    if config.stem == "fsdp2":
+        # else only one process loads the weights, which FSDP, off on a CPU, would send the other
+        more += ["--fsdp_cpu_ram_efficient_loading", "false"]
+    found = launch(config, pairs, tmp_path / "out", more, on_gpu=False)
+    start, expected = (load_file(folder / WEIGHTS) for folder in (alone / "initial_model", alone))
     # ZeRO-2 saves a tied head as well
     assert found.keys() - expected.keys() <= {"lm_head.weight"}
-    for parameter, value in expected.items():
-        torch.testing.assert_close(found[parameter], value, atol=1e-6, rtol=1e-5, msg=parameter)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=name)
     assert max((expected[n] - start[n]).abs().max() for n in expected) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_trains_on_gpus(config, pairs, tmp_path, cuda_device):
+    """The files as they are, with bf16, on as many GPUs as there are."""
+    count = torch.cuda.device_count()
+    found = launch(config, pairs, tmp_path / "out", ["--num_processes", str(count)], on_gpu=True)
+    start = load_file(tmp_path / "out" / "initial_model" / WEIGHTS)
+    for name, before in start.items():
+        assert found[name].isfinite().all() and not torch.equal(found[name].float(), before), name
