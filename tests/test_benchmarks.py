@@ -15,8 +15,10 @@ from benchmarks import (
     bench_linear_preference_loss,
     bench_preference_loss,
     gpu,
+    longest,
     losses,
     memory,
+    plots,
     providers,
     report,
     results,
@@ -220,3 +222,47 @@ def test_readme_holds_the_loss_tables() -> None:
     """The tables of loss types are those of the table in the code."""
     text = losses.README.read_text(encoding="utf-8")
     assert losses.with_tables(text) == text
+
+
+def test_most_rows():
+    assert longest.most_rows(lambda rows: rows <= 5000, least=1, most=1 << 20, step=1) == 5000
+    assert longest.most_rows(lambda rows: False) == 0
+    case = dataclasses.replace(workloads.TINY, dtype="bf16")
+    small, large = (longest.planned_rows(case, 10**n, "cuda:sm_90") for n in (9, 10))
+    assert 0 < small < large
+    assert longest.planned_rows(case, 10**3, "cuda:sm_90") == 0
+    rows = gpu.longest_rows(gpu.Run("cpu", tiny=True, long=False))
+    assert [row["memory_gb"] for row in rows] == [80, 24, 80, 24]
+    assert all(row["planned_rows"] and row["measured_rows"] is None for row in rows)
+
+
+def test_long_grid_has_every_shape_and_size():
+    grid = {(w.shape, w.rows, w.trainable) for w in workloads.gpu_grid(long=True)}
+    sizes = (256, 2048, 8192, 32768, 131072)
+    shapes = [(s, n, t) for s in workloads.MODEL_SHAPES for n in sizes for t in (False, True)]
+    assert grid == set(shapes) and len(workloads.gpu_grid(long=True)) == len(shapes)
+
+
+def test_newest_rows_of_a_machine_are_merged(tmp_path):
+    def document(made, commit, rows):
+        rows = [{"kind": "time", "workload": w, "median_ms": ms} for w, ms in rows]
+        found = {"machine": {"device": "x"}, "commit": commit, "made": made, "rows": rows}
+        (tmp_path / f"{commit}.json").write_text(json.dumps(found))
+
+    document("2026-01-01", "old", [("a", 1.0), ("b", 2.0)])
+    document("2026-01-02", "new", [("a", 3.0)])
+    (merged,) = report.newest_documents(tmp_path)
+    found = {row["workload"]: (row["median_ms"], row["commit"]) for row in merged["rows"]}
+    assert found == {"a": (3.0, "new"), "b": (2.0, "old")}
+    assert report.headline(merged) == "x, commits new, old"
+
+
+def test_plot_over_n(tmp_path):
+    rows = []
+    for workload in workloads.cpu_sweep():
+        base = {**dataclasses.asdict(workload), "median_ms": float(workload.rows), "gemm_units": 2}
+        base |= {"peak_bytes": workload.rows << 20, "workspace_bytes": workload.rows << 19}
+        rows += [{**base, "provider": name} for name in ("eager", "spo", "gemm")]
+    document = {"machine": {"device": "x"}, "commit": "y"}
+    path = plots.draw_over_n(rows, document, tmp_path / "n.png")
+    assert path.stat().st_size > 10_000
