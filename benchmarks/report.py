@@ -100,6 +100,7 @@ def render(documents: list[dict]) -> str:
         parts.append(_accuracy_table(rows))
         commands = sorted({row["command"] for row in rows})
         parts.append("Made by " + ", ".join(f"`{command}`" for command in commands) + ".")
+    parts.append(_promise_table(documents))
     parts.append(_longest_table(documents))
     return "\n\n".join(part for part in parts if part)
 
@@ -162,6 +163,18 @@ def _prediction_table(rows: list[Row]) -> str:
         )
     header = "| workload | strategy | planned | measured | ratio | planned MiB | measured | ratio |"
     return _titled("The planner's prediction beside what was measured", _table(header, lines))
+
+
+def _promise_table(documents: list[dict]) -> str:
+    """Return a line for every promise about a GPU: the worst ratio, or that it is unmeasured."""
+    found = [bar for document in documents for bar in bars_of.gpu_bars(document["rows"])]
+    lines = []
+    for promise, limit, what in bars_of.GPU_PROMISES:
+        mine = [bar for bar in found if bar.what.startswith(what)]
+        worst = max(mine, key=lambda bar: bar.ratio - bar.limit, default=None)
+        measured = "unmeasured" if worst is None else f"{_ratio(worst.ratio)} ({worst.case})"
+        lines.append(f"| {promise} | {limit} | {measured} |")
+    return _titled("Bars on a GPU, the worst case of each", _table("| bar | limit | |", lines))
 
 
 def _longest_table(documents: list[dict]) -> str:

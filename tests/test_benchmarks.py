@@ -118,6 +118,8 @@ def test_bars_of_linear_preference_loss():
     rows = [{**row, "provider": "liger", "median_ms": 10.0, "peak_bytes": 100}]
     rows.append({**row, "provider": "spo", "median_ms": 9.0, "peak_bytes": 30})
     found = {bar.what: (bar.ratio, bar.met) for bar in bars.gpu_bars(rows)}
+    quack = {**row, "provider": "quack", "median_ms": 6.0, "peak_bytes": 30}
+    assert bars.gpu_bars([*rows, quack])[0].ratio == 1.5
     assert found == {"time against Liger": (0.9, True), "memory against Liger": (0.3, False)}
     assert not bars.gpu_bars([{**row, "device": "cpu"} for row in rows])
 
@@ -145,7 +147,9 @@ def test_pytest_session_writes_rows(tmp_path):
     assert done.returncode == 0, done.stdout
     document = json.loads(path.read_text())
     linear = [row for row in document["rows"] if row["kind"] == "linear_pairs"]
-    assert {row["provider"] for row in linear} == set(bench_linear_preference_loss.PROVIDERS)
+    pair_bench = bench_linear_preference_loss
+    runnable = [name for name in pair_bench.PROVIDERS if not pair_bench.why_not(name, "cpu")]
+    assert {row["provider"] for row in linear} == set(runnable) and "quack" not in runnable
     others = [row for row in document["rows"] if row["kind"] != "linear_pairs"]
     assert {row["provider"] for row in others} == {"eager", "spo"}
     grid = [row for row in document["rows"] if row["kind"] == "grid"]
@@ -200,6 +204,7 @@ def test_report(gpu_results, tmp_path, capsys):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| tiny fp32 random | 24 x 16 x 300 | frozen | spo (direction, 2 units) |" in text
+    assert "bounded sparse backward, time against TRL | 0.25 + 0.85 f | unmeasured |" in text
     assert "host syncs" in text and "`python -m benchmarks.gpu --tiny`" in text
     assert "against 2 bare GEMMs" in capsys.readouterr().out
     assert (gpu_results.parent / "strategies.png").stat().st_size > 10_000
