@@ -159,9 +159,9 @@ def _prediction_table(rows: list[Row]) -> str:
         lines.append(
             f"| {row['workload']} | {row['strategy']} | {_ms(row['planned_ms'])} | "
             f"{_ms(row['median_ms'])} | {times:.2f} | {_mib(row['planned_bytes'])} | "
-            f"{_mib(row.get('workspace_bytes'))} | {peak} |"
+            f"{_mib(row.get('workspace_bytes'))} | {peak} | {row.get('load', '')} |"
         )
-    header = "| workload | strategy | planned | measured | ratio | planned MiB | measured | ratio |"
+    header = "| workload | strategy | planned | measured | ratio | planned MiB | measured | ratio | load |"
     return _titled("The planner's prediction beside what was measured", _table(header, lines))
 
 
