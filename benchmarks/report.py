@@ -161,7 +161,9 @@ def _prediction_table(rows: list[Row]) -> str:
             f"{_ms(row['median_ms'])} | {times:.2f} | {_mib(row['planned_bytes'])} | "
             f"{_mib(row.get('workspace_bytes'))} | {peak} | {row.get('load', '')} |"
         )
-    header = "| workload | strategy | planned | measured | ratio | planned MiB | measured | ratio | load |"
+    header = (
+        "| workload | strategy | planned | measured | ratio | planned | measured | ratio | load |"
+    )
     return _titled("The planner's prediction beside what was measured", _table(header, lines))
 
 
