@@ -9,6 +9,27 @@ _FROZEN, _TRAINABLE = "frozen head", "trainable head"
 # what one launch of preference_loss may take at 16 pairs of 512 tokens
 LAUNCH_US = 20.0
 
+# every promise about a GPU, its limits in words, and how its bars are called
+GPU_PROMISES = (
+    ("frozen head, time against TRL", "0.70x, 0.72x below H 2048", "direction time against TRL"),
+    ("resident, time against TRL", "0.80x, 0.85x below H 2048", "resident time against TRL"),
+    ("recompute, time against TRL", "1.00x, 1.05x below H 2048", "recompute time against TRL"),
+    ("recompute, workspace against TRL", "0.6x, 0.85x at N 131072", "workspace against TRL"),
+    ("workspace against the plan", "1.00x", "workspace against the plan"),
+    ("log-probs against a bare GEMM", "1.15x, 1.4x below H 2048", "forward against"),
+    ("forward + backward against its GEMMs", "1.2x, 1.5x below H 2048", "forward_backward against"),
+    ("N = 256, time against eager", "1.00x", "time against eager"),
+    ("linear_preference_loss, time against Liger", "1.00x", "time against Liger"),
+    ("the same, memory, 16k tokens a sequence", "0.25x", "memory against Liger"),
+    ("linear_preference_loss, time against quack", "1.05x", "time against quack"),
+    ("preference_loss, launches forward", "1", "launches forward"),
+    ("preference_loss, launches backward", "1", "launches backward"),
+    ("preference_loss, host syncs", "0", "host syncs"),
+    ("preference_loss, longest launch", "20 us", "longest launch against"),
+    ("bounded sparse backward, time against TRL", "0.25 + 0.85 f", "sparse time against TRL"),
+    ("degree_loss beside linear_logprob", "1.03x", "degree_loss beside linear_logprob"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
@@ -96,8 +117,14 @@ def gpu_bars(rows: Iterable[Row]) -> list[Bar]:
         if row["kind"] == "linear_pairs" and row.get("device") == "cuda"
     }
     for (workload, provider), ours in pairs.items():
+        if provider != "spo":
+            continue
+        quack = pairs.get((workload, "quack"))
+        if quack is not None:
+            case = f"GPU, {workload}"
+            bars.append(_bar(case, "time against quack", "median_ms", ours, quack, 1.05))
         liger = pairs.get((workload, "liger"))
-        if provider != "spo" or liger is None:
+        if liger is None:
             continue
         case = f"GPU, {workload}"
         bars.append(_bar(case, "time against Liger", "median_ms", ours, liger, 1.0))

@@ -52,27 +52,45 @@ def test_cpu_bar(benchmark, record, setting, trainable: bool) -> None:
     shape = workloads.TINY if setting.tiny else workloads.BAR
     workload = dataclasses.replace(shape, trainable=trainable)
     half = dataclasses.replace(workload, dtype="bf16")
+    cases = [(name, workload) for name in _BAR_PROVIDERS] + [("spo", half)]
+    _race(benchmark, record, setting, "bar", cases)
+
+
+@pytest.mark.skipif(_ON_GPU, reason="N scaled down; python -m benchmarks.gpu --long has the GPU's")
+@pytest.mark.parametrize("workload", workloads.cpu_sweep(), ids=lambda workload: workload.name)
+def test_cpu_sweep(benchmark, record, setting, workload: Workload) -> None:
+    if setting.tiny:
+        workload = dataclasses.replace(workloads.TINY, trainable=workload.trainable)
+    cases = [(name, workload) for name in _BAR_PROVIDERS]
+    _race(benchmark, record, setting, "sweep", cases)
+
+
+def _race(benchmark, record, setting, kind: str, cases: list[tuple[str, Workload]]) -> None:
+    """Time the cases round-robin beside one bare product, and measure each one's peak."""
     runs = {}
-    for provider, case in [(name, workload) for name in _BAR_PROVIDERS] + [("spo", half)]:
+    for provider, case in cases:
         if providers.why_not(provider, case, "cpu") is None:
             accuracy.gate(provider, case, "cpu")
             runs[provider, case] = _forward_backward_of(provider, case)
+    first = cases[0][1]
+    runs["gemm", first] = timing.bare_gemm(workloads.make_tensors(first, "cpu"))
     times = {key: [] for key in runs}
 
     def one_round() -> None:
         for key, run in runs.items():
             times[key].append(timing.time_once(run, "cpu"))
 
-    benchmark.group = f"{workload.name} bar"
+    benchmark.group = f"{first.name} {kind}"
     benchmark.pedantic(one_round, rounds=setting.rounds, warmup_rounds=1)
     for (provider, case), times_ms in times.items():
-        peak = memory.peak_bytes(provider, case, "cpu", threads=setting.threads)
-        row = {"kind": "bar", "workload": case.name, **dataclasses.asdict(case)}
+        row = {"kind": kind, "workload": case.name, **dataclasses.asdict(case)}
         row |= {"provider": provider, "pass": "forward_backward"}
         row |= providers.facts_of(provider, case, "cpu")
         # the first round is the warm-up
         row |= timing.summary(times_ms[1:])
-        row |= {"peak_bytes": peak, "workspace_bytes": max(0, peak - case.gradient_bytes)}
+        if provider != "gemm":
+            peak = memory.peak_bytes(provider, case, "cpu", threads=setting.threads)
+            row |= {"peak_bytes": peak, "workspace_bytes": max(0, peak - case.gradient_bytes)}
         record(**row)
 
 

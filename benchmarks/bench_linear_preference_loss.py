@@ -1,11 +1,13 @@
-"""``linear_preference_loss`` beside Liger's fused DPO, eager logits, and its own strategies.
+"""``linear_preference_loss`` beside Liger's fused DPO, quack, eager logits, and its own strategies.
 
 Reference-free, so that nobody's time holds the pass of a second model. Everybody gets the same
-tensors and returns the loss with the gradients of hidden states and head.
+tensors and returns the loss with the gradients of hidden states and head. quack's loss is another
+one, the mean cross entropy, of the same three products.
 """
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -16,7 +18,7 @@ from benchmarks.results import Row
 from benchmarks.workloads import Workload
 from spo_kernels import linear_preference_loss
 
-PROVIDERS = ("eager", "liger", "spo:recompute", "spo:pairwise", "spo")
+PROVIDERS = ("eager", "liger", "quack", "spo:recompute", "spo:pairwise", "spo")
 _BETA = 0.1
 # from here on one pair of long responses, below four pairs
 _LONG_ROWS = 32768
@@ -50,7 +52,7 @@ def step_of(provider: str, workload: Workload, device: str) -> Step:
     shape = (2 * pairs_of(workload), -1)
     hidden = tensors.hidden.detach().view(*shape, workload.hidden).requires_grad_()
     weight, labels = tensors.weight, tensors.labels.view(shape)
-    loss_of = {"eager": _eager, "liger": _liger}.get(provider, _ours)
+    loss_of = {"eager": _eager, "liger": _liger, "quack": _quack}.get(provider, _ours)
     if loss_of is _ours:
         loss_of = functools.partial(_ours, strategy=provider.partition(":")[2] or "auto")
 
@@ -66,14 +68,34 @@ def pairs_of(workload: Workload) -> int:
     return 1 if workload.rows >= _LONG_ROWS else 4
 
 
+def why_not(provider: str, device: str) -> str | None:
+    """Return why a provider cannot run on this device, or None."""
+    if provider != "quack":
+        return None
+    if importlib.util.find_spec("quack") is None:
+        return "quack-kernels is not installed"
+    if not device.startswith("cuda") or torch.cuda.get_device_capability()[0] < 9:
+        return "quack's kernels need compute capability 9.0"
+    return None
+
+
 def gated_steps(workload: Workload, device: str) -> dict[str, Step]:
-    """Return the steps to race; each agrees with eager at a toy size first."""
+    """Return the steps to race; each agrees with eager first, quack with eager's cross entropy."""
     toy = dataclasses.replace(workload, rows=24, hidden=16, vocab=300, dtype="fp32")
     wanted = step_of("eager", toy, device)()
+    steps = {}
     for provider in PROVIDERS:
-        for found, value in zip(step_of(provider, toy, device)(), wanted, strict=True):
-            torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-5)
-    return {provider: step_of(provider, workload, device) for provider in PROVIDERS}
+        reason = why_not(provider, device)
+        if reason:
+            print(f"  {workload.name}: {provider} left out: {reason}", flush=True)
+            continue
+        if provider == "quack":
+            _gate_quack(dataclasses.replace(workload, rows=256), device)
+        else:
+            for found, value in zip(step_of(provider, toy, device)(), wanted, strict=True):
+                torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-5)
+        steps[provider] = step_of(provider, workload, device)
+    return steps
 
 
 def peak_bytes(provider: str, *, workload: Workload, setting) -> int:
@@ -124,6 +146,20 @@ def _liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> 
     compiled = hidden.device.type == "cuda"
     loss = LigerFusedLinearDPOLoss(beta=_BETA, use_ref_model=False, compiled=compiled)
     return loss(weight, hidden, labels)[0]
+
+
+def _quack(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())
+
+
+def _gate_quack(workload: Workload, device: str) -> None:
+    tensors = workloads.make_tensors(workload, device)
+    logits = (tensors.hidden.detach() @ tensors.weight.detach().T).float()
+    wanted = F.cross_entropy(logits, tensors.labels)
+    found = step_of("quack", workload, device)()[0].float()
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
 
 
 def _ours(

@@ -1,6 +1,7 @@
 """Options, fixtures and the result file of ``pytest benchmarks --benchmark-only``."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def record(benchmark, pytestconfig: pytest.Config, setting: Setting) -> Callable
         benchmark.extra_info.update(row)
         # at once: an interrupted session keeps what it has measured
         if path is not None:
-            whole = {"command": COMMAND, **row}
+            # what else ran: above the number of cores, times are the neighbours' too
+            whole = {"command": COMMAND, "load": round(os.getloadavg()[0], 1), **row}
             results.merge(path, [whole], device=setting.device, threads=setting.threads)
 
     return keep

@@ -25,6 +25,7 @@ from benchmarks import (
     bench_linear_preference_loss,
     bench_preference_loss,
     bench_train_step,
+    longest,
     memory,
     providers,
     results,
@@ -124,6 +125,29 @@ def stages_of(run: Run) -> Iterator[Stage]:
     shapes = [train_step.TINY_STEP] if run.tiny else train_step.gpu_steps(long=run.long)
     for shape in shapes:
         yield shape.workload, lambda shape=shape: step_rows(run, shape)
+    if run.long or run.tiny:
+        yield "longest", lambda: longest_rows(run)
+
+
+def longest_rows(run: Run) -> list[Row]:
+    """The longest context in 80 and 24 GB: what the planner says, and on a GPU what ran."""
+    rows = []
+    arch = "sm_90"
+    if run.on_gpu:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    for case in longest.cases()[: 2 if run.tiny else None]:
+        for memory_gb in longest.MEMORIES_GB:
+            planned = longest.planned_rows(case, memory_gb * 10**9, f"cuda:{arch}")
+            row = {"kind": "longest", **dataclasses.asdict(case), "memory_gb": memory_gb}
+            row |= {"workload": f"longest-{case.name}-{memory_gb}gb", "provider": "spo"}
+            row |= {"planned_rows": planned, "measured_rows": None}
+            has_memory = run.on_gpu and (
+                torch.cuda.get_device_properties(0).total_memory >= memory_gb * 10**9
+            )
+            if has_memory and planned:
+                row["measured_rows"] = longest.measured_rows(case, memory_gb * 10**9, planned)
+            rows.append(row)
+    return rows
 
 
 def accuracy_rows(run: Run, dtype: str) -> list[Row]:
@@ -168,7 +192,7 @@ def time_rows(run: Run, workload: Workload) -> list[Row]:
         peaks = {}
         if run.on_gpu:
             peaks = {name: memory.cuda_peak_bytes(call) for name, call in runs.items()}
-        runs["gemm"] = _bare_gemm(tensors)
+        runs["gemm"] = timing.bare_gemm(tensors)
         rounds = 2 if run.tiny else 7
         times = timing.race(
             runs, rounds=rounds, warmup_rounds=2, device=run.device, flush_cache=True
@@ -282,20 +306,6 @@ def _fails(name: str, workload: Workload, device: str) -> str | None:
             raise
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return None
-
-
-def _bare_gemm(tensors: workloads.Tensors) -> Callable[[], None]:
-    """One unit without anything around it: the logits, 8192 rows at a time, thrown away."""
-    hidden, weight = tensors.hidden.detach(), tensors.weight.detach()
-    rows = min(8192, hidden.shape[0])
-    logits = torch.empty(rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
-
-    def run() -> None:
-        for start in range(0, hidden.shape[0], rows):
-            part = hidden[start : start + rows]
-            torch.mm(part, weight.t(), out=logits[: part.shape[0]])
-
-    return run
 
 
 def _launches(run: Run, forward: Callable, leaves: Sequence, upstream: torch.Tensor) -> Row:

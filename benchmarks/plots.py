@@ -46,6 +46,14 @@ def draw_all(documents: Sequence[dict], folder: Path) -> list[Path]:
             label = "gpu" if kind == "time" else "cpu"
             floors = [row for row in document["rows"] if row.get("provider") == "gemm"]
             paths.append(_draw_times(rows, floors, document, folder / f"time-memory-{label}.png"))
+        sweep = [row for row in document["rows"] if row["kind"] in ("sweep", "time")]
+        sweep = [row for row in sweep if row["pass"] == "forward_backward"]
+        label = "gpu" if any(row["kind"] == "time" for row in sweep) else "cpu"
+        for shape in sorted({row["shape"] for row in sweep}):
+            chosen = [row for row in sweep if row["shape"] == shape]
+            if len({row["rows"] for row in chosen}) > 1:
+                name = f"over-n-{label}-{shape.replace('/', '-')}.png"
+                paths.append(draw_over_n(chosen, document, folder / name))
     paths.append(draw_strategies(folder / "strategies.png"))
     return paths
 
@@ -84,6 +92,52 @@ def _draw_times(rows: list[Row], floors: list[Row], document: dict, path: Path) 
     axes[0].invert_yaxis()
     axes[0].legend(fontsize=8, loc="lower right")
     figure.suptitle(f"linear_logprob, {document['machine']['device']}, commit {document['commit']}")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def draw_over_n(rows: list[Row], document: dict, path: Path) -> Path:
+    """Draw time and peak memory over N, log-log, one row of axes a head, with the floor."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, layout="constrained")
+    for line, trainable in zip(axes, (False, True), strict=True):
+        head = [r for r in rows if r["trainable"] == trainable]
+        for axis, field, scale in zip(line, ("median_ms", "peak_bytes"), (1, _MIB), strict=True):
+            for name, color in _COLORS.items():
+                found = sorted(
+                    (r["rows"], r[field] / scale)
+                    for r in head
+                    if r["provider"] == name and r.get(field)
+                )
+                if found:
+                    axis.plot(*zip(*found, strict=True), marker="o", color=color, label=name)
+            axis.set(xscale="log", yscale="log")
+            axis.grid(which="both", alpha=0.2)
+            axis.spines[["top", "right"]].set_visible(False)
+        unit_ms = {r["rows"]: r["median_ms"] for r in head if r["provider"] == "gemm"}
+        ours = {r["rows"]: r for r in head if r["provider"] == "spo"}
+        counts = sorted(ours)
+        bare = [(n, ours[n]["gemm_units"] * unit_ms[n]) for n in counts if n in unit_ms]
+        returned = [
+            (n, (ours[n]["peak_bytes"] - ours[n]["workspace_bytes"]) / _MIB)
+            for n in counts
+            if ours[n].get("peak_bytes")
+        ]
+        floors = ((bare, "floor: spo's products alone"), (returned, "floor: gradients returned"))
+        for axis, (points, label) in zip(line, floors, strict=True):
+            if points:
+                axis.plot(*zip(*points, strict=True), color="black", ls=":", label=label)
+            axis.set_xticks(counts, [f"{n:,}" for n in counts])
+            axis.set_xticks([], minor=True)
+            axis.legend(fontsize=8)
+        kind = "trainable" if trainable else "frozen"
+        line[0].set_ylabel(f"{kind} head: forward + backward, ms")
+        line[1].set_ylabel("peak memory beyond the inputs, MiB")
+    for axis in axes[1]:
+        axis.set_xlabel("N, scored rows")
+    sizes = f"H {rows[0]['hidden']}, V {rows[0]['vocab']}, {rows[0]['dtype']}"
+    where = f"{document['machine']['device']}, commit {document['commit']}"
+    figure.suptitle(f"linear_logprob, {sizes}, {where}")
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

@@ -171,12 +171,13 @@ def plan_of(workload: Workload, device: str, *, strategy: str = "auto") -> Plan:
 def facts_of(name: str, workload: Workload, device: str) -> dict[str, Any]:
     """Return what is known of a run before it runs; for ours, the plan."""
     if not name.startswith(_OURS):
-        return {"strategy": None, "planned_bytes": None, "gemm_units": None}
+        return {"strategy": None, "planned_bytes": None, "planned_ms": None, "gemm_units": None}
     strategy = name.partition(":")[2] or "auto"
     plan = plan_of(workload, device, strategy=strategy)
     return {
         "strategy": plan.strategy,
         "planned_bytes": plan.peak_bytes,
+        "planned_ms": round(plan.time_ms, 4),
         "gemm_units": plan.gemm_units,
     }
 

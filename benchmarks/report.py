@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import bars as bars_of
-from benchmarks import results
+from benchmarks import longest, results
 from benchmarks.results import Row
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -43,15 +43,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def newest_documents(folder: Path) -> list[dict]:
-    """Return the newest result file of each machine."""
-    newest: dict[str, tuple[str, dict]] = {}
-    for path in sorted(folder.glob("*.json")):
-        document = results.load(path)
+    """Return one document a machine: of each thing measured the newest row, with its commit."""
+    documents = sorted(
+        (results.load(path) for path in sorted(folder.glob("*.json"))),
+        key=lambda document: document.get("made", ""),
+    )
+    merged: dict[str, dict] = {}
+    for document in documents:
         machine = f"{document['machine'].get('device')} {document['machine'].get('threads')}"
-        made = document.get("made", "")
-        if machine not in newest or made >= newest[machine][0]:
-            newest[machine] = (made, document)
-    return [document for _, document in newest.values()]
+        rows = {results.row_key(row): row for row in merged.get(machine, {}).get("rows", ())}
+        for row in document["rows"]:
+            rows[results.row_key(row)] = {"commit": document["commit"], **row}
+        merged[machine] = {**document, "rows": list(rows.values())}
+    return list(merged.values())
 
 
 def headline(document: dict) -> str:
@@ -61,7 +65,8 @@ def headline(document: dict) -> str:
     if machine.get("threads"):
         parts.append(f"{machine['threads']} threads")
     parts += [f"{name} {machine[name]}" for name in ("torch", "triton", "trl") if machine.get(name)]
-    return ", ".join(parts) + f", commit {document['commit']}"
+    commits = sorted({row.get("commit", document["commit"]) for row in document["rows"]})
+    return ", ".join(parts) + f", commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
 
 
 def bars_for(rows: Iterable[Row]) -> list[bars_of.Bar]:
@@ -90,10 +95,13 @@ def render(documents: list[dict]) -> str:
             ("grid", "Forward + backward, other shapes, medians"),
         ):
             parts.append(_time_table(rows, kind, title))
+        parts.append(_prediction_table(rows))
         parts.append(_extra_table(rows))
         parts.append(_accuracy_table(rows))
         commands = sorted({row["command"] for row in rows})
         parts.append("Made by " + ", ".join(f"`{command}`" for command in commands) + ".")
+    parts.append(_promise_table(documents))
+    parts.append(_longest_table(documents))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -121,7 +129,7 @@ def _time_table(rows: list[Row], kind: str, title: str) -> str:
     chosen = [row for row in rows if row["kind"] == kind and row["pass"] == "forward_backward"]
     lines = []
     for row in chosen:
-        if row["provider"] == "gemm":
+        if row["provider"] == "gemm" or row["kind"] == "sweep":
             continue
         head = "trainable" if row["trainable"] else "frozen"
         sizes = f"{row['rows']} x {row['hidden']} x {row['vocab']}"
@@ -136,6 +144,62 @@ def _time_table(rows: list[Row], kind: str, title: str) -> str:
             row = {**row, "provider": row["provider"] + strategy}
         lines.append(f"| {case} | {sizes} | {head} | {row['provider']} | {numbers} |")
     header = "| workload | N x H x V | head | provider | time | peak memory | planned workspace |"
+    return _titled(title, _table(header, lines))
+
+
+def _prediction_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row.get("planned_ms") is None or row.get("pass") != "forward_backward":
+            continue
+        times = row["planned_ms"] / row["median_ms"]
+        peak = ""
+        if row.get("workspace_bytes"):
+            peak = f"{row['planned_bytes'] / row['workspace_bytes']:.2f}"
+        lines.append(
+            f"| {row['workload']} | {row['strategy']} | {_ms(row['planned_ms'])} | "
+            f"{_ms(row['median_ms'])} | {times:.2f} | {_mib(row['planned_bytes'])} | "
+            f"{_mib(row.get('workspace_bytes'))} | {peak} | {row.get('load', '')} |"
+        )
+    header = (
+        "| workload | strategy | planned | measured | ratio | planned | measured | ratio | load |"
+    )
+    return _titled("The planner's prediction beside what was measured", _table(header, lines))
+
+
+def _promise_table(documents: list[dict]) -> str:
+    """Return a line for every promise about a GPU: the worst ratio, or that it is unmeasured."""
+    found = [bar for document in documents for bar in bars_of.gpu_bars(document["rows"])]
+    lines = []
+    for promise, limit, what in bars_of.GPU_PROMISES:
+        mine = [bar for bar in found if bar.what.startswith(what)]
+        worst = max(mine, key=lambda bar: bar.ratio - bar.limit, default=None)
+        measured = "unmeasured" if worst is None else f"{_ratio(worst.ratio)} ({worst.case})"
+        lines.append(f"| {promise} | {limit} | {measured} |")
+    return _titled("Bars on a GPU, the worst case of each", _table("| bar | limit | |", lines))
+
+
+def _longest_table(documents: list[dict]) -> str:
+    measured = {
+        row["workload"]: row["measured_rows"]
+        for document in documents
+        for row in document["rows"]
+        if row["kind"] == "longest" and row["measured_rows"]
+    }
+    lines = []
+    for case in longest.cases():
+        cells = []
+        for memory_gb in longest.MEMORIES_GB:
+            planned = longest.planned_rows(case, memory_gb * 10**9, "cuda:sm_90")
+            found = measured.get(f"longest-{case.name}-{memory_gb}gb")
+            cells.append(f"{planned:,} | {f'{found:,}' if found else 'unmeasured'}")
+        head = "trainable" if case.trainable else "frozen"
+        lines.append(f"| {case.shape} | {head} | {' | '.join(cells)} |")
+    header = "| model shape | head | 80 GB, planned | measured | 24 GB, planned | measured |"
+    title = (
+        "Most rows of one call, bf16, sm_90: hidden states, head, labels, workspace and returned "
+        "gradients, nothing else of a model"
+    )
     return _titled(title, _table(header, lines))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.workloads import Tensors
+
 # twice the second-level cache of the largest GPU we know: writing it evicts the inputs
 _FLUSH_BYTES = 256 << 20
 
@@ -55,3 +57,17 @@ def summary(times_ms: list[float]) -> dict[str, float | int]:
         "min_ms": round(min(times_ms), 4),
         "rounds": len(times_ms),
     }
+
+
+def bare_gemm(tensors: Tensors) -> Callable[[], None]:
+    """One unit without anything around it: the logits, 8192 rows at a time, thrown away."""
+    hidden, weight = tensors.hidden.detach(), tensors.weight.detach()
+    rows = min(8192, hidden.shape[0])
+    logits = torch.empty(rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+
+    def run() -> None:
+        for start in range(0, hidden.shape[0], rows):
+            part = hidden[start : start + rows]
+            torch.mm(part, weight.t(), out=logits[: part.shape[0]])
+
+    return run

@@ -80,17 +80,28 @@ def cpu_grid() -> list[Workload]:
     return grid
 
 
+def cpu_sweep() -> list[Workload]:
+    """Return N by fours at one shape: the GPU's 256 to 131072 with N, H and V scaled down."""
+    sweep = []
+    for rows in (64, 256, 1024, 4096):
+        sweep += both_heads(Workload("sweep", rows, 256, 8192, "fp32"))
+    return sweep
+
+
 def gpu_grid(*, long: bool) -> list[Workload]:
     """Return the GPU workloads in order of value; ``long`` adds the remaining shapes and sizes."""
-    first = [("trl7244", 8192), ("qwen05", 8192), ("llama8b", 2048)]
-    more = [("llama1b", 8192), ("gemma1b", 8192), ("trl7244", 32768), ("qwen05", 32768)]
-    more += [("llama8b", 131072), ("qwen05", 131072)]
-    grid = []
-    for shape, rows in first + more * long:
-        hidden, vocab = MODEL_SHAPES[shape]
-        grid += both_heads(Workload(shape, rows, hidden, vocab, peaked=True))
-    # short context: no fused path may lose against plain logits here
-    return grid + both_heads(Workload("llama8b", 256, *MODEL_SHAPES["llama8b"], peaked=True))
+    first = [("trl7244", 8192), ("qwen05", 8192), ("llama8b", 2048), ("llama8b", 256)]
+    grid = [workload for shape, rows in first for workload in _peaked(shape, rows)]
+    if long:
+        for rows in (2048, 8192, 32768, 131072, 256):
+            for shape in MODEL_SHAPES:
+                if (shape, rows) not in first:
+                    grid += _peaked(shape, rows)
+    return grid
+
+
+def _peaked(shape: str, rows: int) -> list[Workload]:
+    return both_heads(Workload(shape, rows, *MODEL_SHAPES[shape], peaked=True))
 
 
 def make_tensors(workload: Workload, device: str, *, seed: int = 0) -> Tensors:

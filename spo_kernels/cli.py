@@ -1,4 +1,4 @@
-"""Command line: train, demo, plan, doctor, aot; each command imports what it needs when it runs."""
+"""Command line: each command imports what it needs when it runs."""
 
 import argparse
 import json
@@ -17,6 +17,7 @@ usage: spo-kernels COMMAND [flags]
   plan     print the strategies the planner weighs for a model and a context length
   doctor   print devices, versions, and which backend is used and why
   aot      compile every kernel without a GPU and print registers, spills and shared memory
+  tune     measure on this device what the planner's time model needs
 
 `spo-kernels COMMAND --help` lists the flags of a command.
 """
@@ -335,12 +336,46 @@ def _aot(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _tune(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="spo-kernels tune",
+        description="Measure the two rates of the planner's time model on this device and print "
+        "the row of its device table. Takes a minute; run it on an idle machine.",
+    )
+    parser.add_argument(
+        "--device", metavar="X", help="cpu or cuda; default: the GPU if there is one"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
+    options = parser.parse_args(arguments)
+    if options.device not in (None, "cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {options.device!r}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be >= 1, got {options.threads}")
+    import torch
+
+    from spo_kernels import tune
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs an NVIDIA GPU, and torch sees none")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tune.print_report(torch.device(device))
+    except ModuleNotFoundError as error:
+        return complain(parser.prog, f"{error}. Install it with: pip install rich")
+    except ValueError as error:
+        return complain(parser.prog, error)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "demo": _demo,
     "plan": _plan,
     "doctor": _doctor,
     "aot": _aot,
+    "tune": _tune,
 }
 
 

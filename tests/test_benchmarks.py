@@ -15,8 +15,10 @@ from benchmarks import (
     bench_linear_preference_loss,
     bench_preference_loss,
     gpu,
+    longest,
     losses,
     memory,
+    plots,
     providers,
     report,
     results,
@@ -116,6 +118,8 @@ def test_bars_of_linear_preference_loss():
     rows = [{**row, "provider": "liger", "median_ms": 10.0, "peak_bytes": 100}]
     rows.append({**row, "provider": "spo", "median_ms": 9.0, "peak_bytes": 30})
     found = {bar.what: (bar.ratio, bar.met) for bar in bars.gpu_bars(rows)}
+    quack = {**row, "provider": "quack", "median_ms": 6.0, "peak_bytes": 30}
+    assert bars.gpu_bars([*rows, quack])[0].ratio == 1.5
     assert found == {"time against Liger": (0.9, True), "memory against Liger": (0.3, False)}
     assert not bars.gpu_bars([{**row, "device": "cpu"} for row in rows])
 
@@ -143,7 +147,9 @@ def test_pytest_session_writes_rows(tmp_path):
     assert done.returncode == 0, done.stdout
     document = json.loads(path.read_text())
     linear = [row for row in document["rows"] if row["kind"] == "linear_pairs"]
-    assert {row["provider"] for row in linear} == set(bench_linear_preference_loss.PROVIDERS)
+    pair_bench = bench_linear_preference_loss
+    runnable = [name for name in pair_bench.PROVIDERS if not pair_bench.why_not(name, "cpu")]
+    assert {row["provider"] for row in linear} == set(runnable) and "quack" not in runnable
     others = [row for row in document["rows"] if row["kind"] != "linear_pairs"]
     assert {row["provider"] for row in others} == {"eager", "spo"}
     grid = [row for row in document["rows"] if row["kind"] == "grid"]
@@ -198,6 +204,7 @@ def test_report(gpu_results, tmp_path, capsys):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| tiny fp32 random | 24 x 16 x 300 | frozen | spo (direction, 2 units) |" in text
+    assert "bounded sparse backward, time against TRL | 0.25 + 0.85 f | unmeasured |" in text
     assert "host syncs" in text and "`python -m benchmarks.gpu --tiny`" in text
     assert "against 2 bare GEMMs" in capsys.readouterr().out
     assert (gpu_results.parent / "strategies.png").stat().st_size > 10_000
@@ -220,3 +227,47 @@ def test_readme_holds_the_loss_tables() -> None:
     """The tables of loss types are those of the table in the code."""
     text = losses.README.read_text(encoding="utf-8")
     assert losses.with_tables(text) == text
+
+
+def test_most_rows():
+    assert longest.most_rows(lambda rows: rows <= 5000, least=1, most=1 << 20, step=1) == 5000
+    assert longest.most_rows(lambda rows: False) == 0
+    case = dataclasses.replace(workloads.TINY, dtype="bf16")
+    small, large = (longest.planned_rows(case, 10**n, "cuda:sm_90") for n in (9, 10))
+    assert 0 < small < large
+    assert longest.planned_rows(case, 10**3, "cuda:sm_90") == 0
+    rows = gpu.longest_rows(gpu.Run("cpu", tiny=True, long=False))
+    assert [row["memory_gb"] for row in rows] == [80, 24, 80, 24]
+    assert all(row["planned_rows"] and row["measured_rows"] is None for row in rows)
+
+
+def test_long_grid_has_every_shape_and_size():
+    grid = {(w.shape, w.rows, w.trainable) for w in workloads.gpu_grid(long=True)}
+    sizes = (256, 2048, 8192, 32768, 131072)
+    shapes = [(s, n, t) for s in workloads.MODEL_SHAPES for n in sizes for t in (False, True)]
+    assert grid == set(shapes) and len(workloads.gpu_grid(long=True)) == len(shapes)
+
+
+def test_newest_rows_of_a_machine_are_merged(tmp_path):
+    def document(made, commit, rows):
+        rows = [{"kind": "time", "workload": w, "median_ms": ms} for w, ms in rows]
+        found = {"machine": {"device": "x"}, "commit": commit, "made": made, "rows": rows}
+        (tmp_path / f"{commit}.json").write_text(json.dumps(found))
+
+    document("2026-01-01", "old", [("a", 1.0), ("b", 2.0)])
+    document("2026-01-02", "new", [("a", 3.0)])
+    (merged,) = report.newest_documents(tmp_path)
+    found = {row["workload"]: (row["median_ms"], row["commit"]) for row in merged["rows"]}
+    assert found == {"a": (3.0, "new"), "b": (2.0, "old")}
+    assert report.headline(merged) == "x, commits new, old"
+
+
+def test_plot_over_n(tmp_path):
+    rows = []
+    for workload in workloads.cpu_sweep():
+        base = {**dataclasses.asdict(workload), "median_ms": float(workload.rows), "gemm_units": 2}
+        base |= {"peak_bytes": workload.rows << 20, "workspace_bytes": workload.rows << 19}
+        rows += [{**base, "provider": name} for name in ("eager", "spo", "gemm")]
+    document = {"machine": {"device": "x"}, "commit": "y"}
+    path = plots.draw_over_n(rows, document, tmp_path / "n.png")
+    assert path.stat().st_size > 10_000

@@ -13,7 +13,7 @@ import pytest
 
 from spo_kernels import cli
 
-COMMANDS = ("train", "demo", "plan", "doctor", "aot")
+COMMANDS = ("train", "demo", "plan", "doctor", "aot", "tune")
 
 
 def messages(role: str, text: str) -> list[dict[str, str]]:
@@ -114,7 +114,10 @@ def test_train_help_names_real_flags(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
-    assert "must be one of train, demo, plan, doctor, aot, got 'trian'" in capsys.readouterr().err
+    assert (
+        "must be one of train, demo, plan, doctor, aot, tune, got 'trian'"
+        in capsys.readouterr().err
+    )
     assert cli.main([]) == 2
 
 
@@ -442,3 +445,17 @@ def test_plan_refusals(flags: list[str], text: str, capsys) -> None:
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and text in capsys.readouterr().err
+
+
+def test_tune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from spo_kernels import tune
+
+    monkeypatch.setattr(tune, "_CPU_SHAPES", ((64, 32, 600), (64, 256, 600)))
+    # toy times fit no model: the rates are another test's
+    monkeypatch.setattr(tune, "fit", lambda points: (2e11, 1e10))
+    assert cli.main(["tune", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "predicted / measured" in printed and "64 x 256 x 600" in printed
+    assert '"cpu": DeviceFacts(2.00e+11, 1.00e+10, 64 * _MIB),' in printed
+    assert "must be cpu or cuda, got 'tpu'" in refused(capsys, ["tune", "--device", "tpu"])
+    assert "must be >= 1, got 0" in refused(capsys, ["tune", "--threads", "0"])

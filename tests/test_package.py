@@ -62,7 +62,7 @@ LAYERS = {
         "preference_loss",
         "unpaired_preference_loss",
     },
-    4: {"", "collator"},
+    4: {"", "collator", "tune"},
     5: {"cli"},
 }
 REFERENCES = {name for name in LAYERS[1] if name.startswith("reference")}
