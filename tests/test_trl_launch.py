@@ -19,6 +19,8 @@ from spo_kernels import cli, integrations
 CONFIGS = sorted((Path(integrations.__path__[0]) / "accelerate_configs").glob("*.yaml"))
 STEPS = 2
 WEIGHTS = "model.safetensors"
+# a port that another test took first, and what gloo of torch 2.13 may do at the interpreter's exit
+NOT_OURS = ("EADDRINUSE", "terminate called without an active exception")
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +67,20 @@ def launch(config: Path, pairs: Path, folder: Path, more: list[str], *, on_gpu: 
         # its communication on a CPU is an extension that is compiled on first use
         if find_spec("deepspeed") is None or shutil.which("c++") is None:
             pytest.skip("deepspeed and a C++ compiler are needed")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", str(free_port()), *more, "-m", "spo_kernels.cli"]
     log = folder.with_suffix(".log")
-    with log.open("w") as output:
-        code = subprocess.run(
-            [*command, *flags(pairs, folder, batch_size=2, on_gpu=on_gpu)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=DEADLINE_S,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ).returncode
+    for _ in range(2):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command += ["--main_process_port", str(free_port()), *more, "-m", "spo_kernels.cli"]
+        with log.open("w") as output:
+            code = subprocess.run(
+                [*command, *flags(pairs, folder, batch_size=2, on_gpu=on_gpu)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=DEADLINE_S,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            ).returncode
+        if not any(fault in log.read_text() for fault in NOT_OURS):
+            break
     assert code == 0, log.read_text()[-4000:]
     return load_file(folder / WEIGHTS)
 
