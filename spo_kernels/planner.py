@@ -36,7 +36,8 @@ class DeviceFacts:
 
 
 # sm_90: what bare GEMMs and copies reach on an H200; the other GPUs are estimates, no GPU row
-# is measured with the op. cpu: fitted to the op on two threads of an AMD EPYC (`spo-kernels tune`)
+# is measured with the op. cpu: fitted by hand to the op's fastest times on two threads of an AMD
+# EPYC, noisy shapes left out
 _DEVICES = {
     "sm_80": DeviceFacts(2.5e14, 1.6e12, 256 * _MIB),
     "sm_90": DeviceFacts(7.85e14, 4.3e12, 256 * _MIB),
