@@ -1,7 +1,6 @@
 """What the ops over a linear head share: checks, scored rows, which backend runs a call."""
 
-from operator import index
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -36,38 +35,6 @@ def planned_device(backend: str, device: torch.device) -> str:
     from spo_kernels.kernels.device import arch_of
 
     return f"cuda:{arch_of(device)}"
-
-
-def plan_question(
-    rows: Rows,
-    tensors: tuple[torch.Tensor | None, ...],
-    *,
-    compute_dtype: torch.dtype,
-    needs_grad: frozenset[str],
-    outputs: tuple[str, ...],
-    softcap: float | None,
-) -> dict[str, Any]:
-    """Return what ``plan_linear_logprob`` asks about a call, but for its wishes and its device.
-
-    ``tensors`` are hidden, weight, bias, lora_a and lora_b.
-    """
-    hidden, weight, bias, _, lora_b = tensors
-    return {
-        "rows": rows.count,
-        # index() makes plain integers of sizes that are symbols in a traced graph
-        "hidden_size": index(weight.shape[1]),
-        "vocab_size": index(weight.shape[0]),
-        "dtype": compute_dtype,
-        "weight_dtype": weight.dtype,
-        "needs_grad": needs_grad,
-        "outputs": outputs,
-        "bias": bias is not None,
-        "lora_rank": 0 if lora_b is None else index(lora_b.shape[1]),
-        "softcap": softcap,
-        "gathered": rows.index is not None,
-        "hidden_dtype": hidden.dtype,
-        "head_copied": weight.stride(1) != 1,
-    }
 
 
 def needed_grads(tensors: tuple[torch.Tensor | None, ...]) -> frozenset[str]:

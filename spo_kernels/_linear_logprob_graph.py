@@ -7,69 +7,26 @@ and every result has the bits of an eager call on the same rows.
 """
 
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from spo_kernels._call import Call, Inputs, Kept, RowGrads, Rows
-from spo_kernels._linear_inputs import backend_of, plan_question, planned_device
+from spo_kernels._call import Inputs, Kept, RowGrads, Rows
+from spo_kernels._linear_inputs import backend_of, planned_device
+from spo_kernels._linear_settings import Settings, names_of
 from spo_kernels.planner import GRAD_INPUTS, OUTPUTS, plan_linear_logprob
 
 # more rows than any call has
 _MANY_ROWS = 1 << 31
 
 
-class GraphCall(NamedTuple):
-    """Settings of a call as the ops take them, in the order of their arguments."""
-
-    outputs: str  # names, separated by commas
-    needs_grad: str
-    strategy: str
-    backend: str
-    compute_dtype: torch.dtype
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-    budget_bytes: int | None
-
-    def planned(self, rows: Rows, inputs: Inputs) -> Call:
-        """Return the call for these rows."""
-        outputs, needs = _names(self.outputs), frozenset(_names(self.needs_grad))
-        plan = plan_linear_logprob(
-            **plan_question(
-                rows,
-                inputs[:5],
-                compute_dtype=self.compute_dtype,
-                needs_grad=needs,
-                outputs=outputs,
-                softcap=self.softcap,
-            ),
-            budget_bytes=self.budget_bytes,
-            strategy=self.strategy,
-            device=planned_device(self.backend, inputs.hidden.device),
-        )
-        return Call(
-            backend=self.backend,
-            strategy=plan.strategy,
-            row_chunk=plan.row_chunk,
-            vocab_chunk=plan.vocab_chunk,
-            outputs=frozenset(outputs),
-            needs_grad=needs,
-            compute_dtype=self.compute_dtype,
-            temperature=self.temperature,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-        )
-
-
 def linear_logprob_in_graph(
     tensors: tuple[torch.Tensor | None, ...],
     labels: torch.Tensor,
     rows: Rows,
-    settings: GraphCall,
-    question: dict[str, Any],
+    settings: Settings,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return the row outputs in the order of ``OUTPUTS``; the question is the planner's."""
+    """Return the row outputs in the order of ``OUTPUTS``."""
     if settings.strategy == "auto":
         # a number that is traced is a symbol, and whether there is one is all that a plan asks
         capped = None if settings.softcap is None else 1.0
@@ -77,14 +34,14 @@ def linear_logprob_in_graph(
             settings.backend,
             tensors[0].device,
             None if settings.budget_bytes is None else index(settings.budget_bytes),
-            {**question, "rows": 0, "softcap": capped},
+            {**settings.question(rows, tensors), "rows": 0, "softcap": capped},
         )
         # one guard, where a choice by the planner itself would be a graph for each row count
         strategy = small if most is None or rows.count <= most else large
         settings = settings._replace(strategy=strategy)
     places = None if rows.index is None else torch.stack(rows.index)
     found = _forward_op(*tensors, labels, places, *settings)
-    values = dict(zip(_names(settings.outputs), found, strict=False))
+    values = dict(zip(names_of(settings.outputs), found, strict=False))
     if "log_sum_sq_probs" in values:
         values["log_sum_sq_probs"] = values["log_sum_sq_probs"].detach()
     return tuple(values.get(name) for name in OUTPUTS)
@@ -124,7 +81,22 @@ def _strategies_by_rows(
     return small, most, choice(beyond) or small
 
 
-@torch.library.custom_op("spo_kernels::linear_logprob_fwd", mutates_args=())
+# what both ops take: the tensors of a call, and then Settings
+_TENSORS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor labels, "
+    "Tensor? places"
+)
+_SETTINGS = (
+    "str outputs, str needs_grad, str strategy, str backend, ScalarType compute_dtype, "
+    "float temperature, float logit_scale, float? softcap, int? budget_bytes"
+)
+
+
+@torch.library.custom_op(
+    "spo_kernels::linear_logprob_fwd",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_SETTINGS}) -> Tensor[]",
+)
 def _forward_op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -133,48 +105,32 @@ def _forward_op(
     lora_b: torch.Tensor | None,
     labels: torch.Tensor,
     places: torch.Tensor | None,
-    outputs: str,
-    needs_grad: str,
-    strategy: str,
-    backend: str,
-    compute_dtype: torch.dtype,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    budget_bytes: int | None,
+    *settings: Any,
 ) -> list[torch.Tensor]:
     """Return the row outputs asked for in the labels' shape, then the fields of ``Kept``."""
-    settings = GraphCall(
-        outputs,
-        needs_grad,
-        strategy,
-        backend,
-        compute_dtype,
-        temperature,
-        logit_scale,
-        softcap,
-        budget_bytes,
-    )
+    settings = Settings(*settings)
     inputs = Inputs(hidden, weight, bias, lora_a, lora_b, labels)
     rows = _rows_of(hidden, labels, places)
     with torch.autocast(hidden.device.type, enabled=False):
-        values, kept = backend_of(backend).forward(settings.planned(rows, inputs), rows, inputs)
-    found = [rows.spread(values[name]) for name in _names(outputs)]
+        values, kept = backend_of(settings.backend).forward(
+            settings.planned(rows, inputs[:5]), rows, inputs
+        )
+    found = [rows.spread(values[name]) for name in names_of(settings.outputs)]
     return [*found, *(hidden.new_zeros(()) if value is None else value for value in kept)]
 
 
 @_forward_op.register_fake
 def _(hidden, weight, bias, lora_a, lora_b, labels, places, *settings):
-    settings = GraphCall(*settings)
+    settings = Settings(*settings)
     # what the backend itself allocates for no rows: an axis of length 0 is theirs
     none = Rows(0, torch.Size((0,)), None)
     lora_a = None if lora_a is None else lora_a.new_empty(0, lora_a.shape[-1])
     inputs = Inputs(hidden.new_empty(0, hidden.shape[-1]), weight, bias, lora_a, lora_b, labels[:0])
     values, kept = backend_of(settings.backend).forward(
-        settings.planned(none, inputs), none, inputs
+        settings.planned(none, inputs[:5]), none, inputs
     )
     N = labels.shape[0]
-    found = [values[name].new_empty(hidden.shape[:-1]) for name in _names(settings.outputs)]
+    found = [values[name].new_empty(hidden.shape[:-1]) for name in names_of(settings.outputs)]
     for value in kept:
         if value is None:
             found.append(hidden.new_empty(()))
@@ -187,15 +143,15 @@ def _(hidden, weight, bias, lora_a, lora_b, labels, places, *settings):
 
 def _setup_context(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    settings = GraphCall(*inputs[7:])
-    asked = _names(settings.outputs)
+    settings = Settings(*inputs[7:])
+    asked = names_of(settings.outputs)
     ctx.save_for_backward(*inputs[:7], *output[len(asked) :])
     ctx.settings = settings
 
 
 def _backward(ctx: Any, grads: list[torch.Tensor | None]):
     inputs, kept = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-    arrived = dict(zip(_names(ctx.settings.outputs), grads, strict=False))
+    arrived = dict(zip(names_of(ctx.settings.outputs), grads, strict=False))
     upstream = [arrived.get(name) for name in RowGrads._fields]
     need = [name for name, needed in zip(GRAD_INPUTS, ctx.needs_input_grad, strict=False) if needed]
     found = {}
@@ -208,7 +164,11 @@ def _backward(ctx: Any, grads: list[torch.Tensor | None]):
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("spo_kernels::linear_logprob_bwd", mutates_args=())
+@torch.library.custom_op(
+    "spo_kernels::linear_logprob_bwd",
+    mutates_args=(),
+    schema=f"(Tensor?[] upstream, {_TENSORS}, Tensor[] kept, str need, {_SETTINGS}) -> Tensor[]",
+)
 def _backward_op(
     upstream: list[torch.Tensor | None],
     hidden: torch.Tensor,
@@ -220,51 +180,31 @@ def _backward_op(
     places: torch.Tensor | None,
     kept: list[torch.Tensor],
     need: str,
-    outputs: str,
-    needs_grad: str,
-    strategy: str,
-    backend: str,
-    compute_dtype: torch.dtype,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    budget_bytes: int | None,
+    *settings: Any,
 ) -> list[torch.Tensor]:
     """Return the gradients named in ``need``, in its order."""
-    settings = GraphCall(
-        outputs,
-        needs_grad,
-        strategy,
-        backend,
-        compute_dtype,
-        temperature,
-        logit_scale,
-        softcap,
-        budget_bytes,
-    )
+    settings = Settings(*settings)
     inputs = Inputs(hidden, weight, bias, lora_a, lora_b, labels)
     rows = _rows_of(hidden, labels, places)
     # a field that was None is a scalar here
     kept = Kept(*(value if value.dim() else None for value in kept))
     dtype = kept.logsumexp.dtype
     grads = RowGrads(*(None if g is None else rows.take_all(g).to(dtype) for g in upstream))
-    names = _names(need)
-    call = settings.planned(rows, inputs)
+    names = names_of(need)
+    call = settings.planned(rows, inputs[:5])
     with torch.autocast(hidden.device.type, enabled=False):
-        found = backend_of(backend).backward(call, rows, inputs, kept, grads, frozenset(names))
+        found = backend_of(settings.backend).backward(
+            call, rows, inputs, kept, grads, frozenset(names)
+        )
     return [found[name] for name in names]
 
 
 @_backward_op.register_fake
 def _(upstream, hidden, weight, bias, lora_a, lora_b, labels, places, kept, need, *settings):
     given = dict(zip(GRAD_INPUTS, (hidden, weight, bias, lora_a, lora_b), strict=True))
-    return [given[name].new_empty(given[name].shape) for name in _names(need)]
+    return [given[name].new_empty(given[name].shape) for name in names_of(need)]
 
 
 def _rows_of(hidden: torch.Tensor, labels: torch.Tensor, places: torch.Tensor | None) -> Rows:
     axes = None if places is None else places.unbind()
     return Rows(labels.shape[0], hidden.shape[:-1], axes)
-
-
-def _names(joined: str) -> tuple[str, ...]:
-    return tuple(joined.split(",")) if joined else ()

@@ -21,13 +21,12 @@ from spo_kernels._linear_inputs import (
     check_head_inputs,
     graph_rows_of,
     needed_grads,
-    plan_question,
-    planned_device,
     reads_no_host,
     scored_rows_of,
 )
-from spo_kernels._linear_logprob_graph import GraphCall, linear_logprob_in_graph
-from spo_kernels.planner import GRAD_INPUTS, OUTPUTS, STRATEGIES, plan_linear_logprob
+from spo_kernels._linear_logprob_graph import linear_logprob_in_graph
+from spo_kernels._linear_settings import Settings
+from spo_kernels.planner import GRAD_INPUTS, OUTPUTS, STRATEGIES
 
 _OP = "linear_logprob"
 _DIFFERENTIABLE = ("logps", "entropy", "logsumexp", "mean_logits")
@@ -143,48 +142,21 @@ def linear_logprob(
         )
     tensors = (hidden, weight, bias, lora_a, lora_b)
     needs = needed_grads(tensors)
-    question = plan_question(
-        rows,
-        tensors,
-        compute_dtype=compute_dtype,
-        needs_grad=needs,
-        outputs=outputs,
-        softcap=softcap,
+    settings = Settings(
+        ",".join(outputs),
+        ",".join(name for name in GRAD_INPUTS if name in needs),
+        strategy,
+        backend,
+        compute_dtype,
+        temperature,
+        logit_scale,
+        softcap,
+        budget_bytes,
     )
     if torch.compiler.is_compiling():
-        settings = GraphCall(
-            ",".join(outputs),
-            ",".join(name for name in GRAD_INPUTS if name in needs),
-            strategy,
-            backend,
-            compute_dtype,
-            temperature,
-            logit_scale,
-            softcap,
-            budget_bytes,
-        )
-        values = linear_logprob_in_graph(tensors, row_labels, rows, settings, question)
+        values = linear_logprob_in_graph(tensors, row_labels, rows, settings)
         return LinearLogprobOutput(*map(found.repaired, values))
-    plan = plan_linear_logprob(
-        **question,
-        group_size=1 if group is None else group.size(),
-        budget_bytes=budget_bytes,
-        strategy=strategy,
-        device=planned_device(backend, hidden.device),
-    )
-    call = Call(
-        backend=backend,
-        strategy=plan.strategy,
-        row_chunk=plan.row_chunk,
-        vocab_chunk=plan.vocab_chunk,
-        outputs=frozenset(outputs),
-        needs_grad=needs,
-        compute_dtype=compute_dtype,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        shard=shard,
-    )
+    call = settings.planned(rows, tensors, shard)
     values = _LinearLogprobFunction.apply(*tensors, row_labels, rows, call)
     if exact is not None:
         # a wrong scored_rows must not pass for a result

@@ -41,6 +41,7 @@ LAYERS = {
     2: {
         "_linear_inputs",
         "_linear_logprob_graph",
+        "_linear_settings",
         "_pair_batch",
         "_tiled_torch",
         "_torch_bradley_terry",
