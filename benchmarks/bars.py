@@ -119,14 +119,13 @@ def gpu_bars(rows: Iterable[Row]) -> list[Bar]:
     for (workload, provider), ours in pairs.items():
         if provider != "spo":
             continue
+        case = f"GPU, {workload}"
         quack = pairs.get((workload, "quack"))
         if quack is not None:
-            case = f"GPU, {workload}"
             bars.append(_bar(case, "time against quack", "median_ms", ours, quack, 1.05))
         liger = pairs.get((workload, "liger"))
         if liger is None:
             continue
-        case = f"GPU, {workload}"
         bars.append(_bar(case, "time against Liger", "median_ms", ours, liger, 1.0))
         # the bar is set at 16k tokens a sequence
         if ours["rows"] // (2 * ours["pairs"]) >= 16384:

@@ -132,12 +132,10 @@ def stages_of(run: Run) -> Iterator[Stage]:
 def longest_rows(run: Run) -> list[Row]:
     """The longest context in 80 and 24 GB: what the planner says, and on a GPU what ran."""
     rows = []
-    arch = "sm_90"
-    if run.on_gpu:
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    device = "cuda" if run.on_gpu else "cuda:sm_90"
     for case in longest.cases()[: 2 if run.tiny else None]:
         for memory_gb in longest.MEMORIES_GB:
-            planned = longest.planned_rows(case, memory_gb * 10**9, f"cuda:{arch}")
+            planned = longest.planned_rows(case, memory_gb * 10**9, device)
             row = {"kind": "longest", **dataclasses.asdict(case), "memory_gb": memory_gb}
             row |= {"workload": f"longest-{case.name}-{memory_gb}gb", "provider": "spo"}
             row |= {"planned_rows": planned, "measured_rows": None}

@@ -12,7 +12,6 @@ import torch
 
 from benchmarks import providers
 from benchmarks.workloads import DTYPES, MODEL_SHAPES, Workload, both_heads
-from spo_kernels import plan_linear_logprob
 
 MEMORIES_GB = (80, 24)
 _LEAST, _MOST = 256, 1 << 26
@@ -36,16 +35,7 @@ def planned_rows(workload: Workload, memory_bytes: int, device: str) -> int:
         if budget <= 0:
             return False
         try:
-            plan_linear_logprob(
-                rows=rows,
-                hidden_size=case.hidden,
-                vocab_size=case.vocab,
-                dtype=DTYPES[case.dtype],
-                needs_grad=("hidden", "weight") if case.trainable else ("hidden",),
-                gathered=False,
-                budget_bytes=budget,
-                device=device,
-            )
+            providers.plan_of(case, device, budget_bytes=budget)
         except ValueError:
             return False
         return True

@@ -151,9 +151,14 @@ def why_not(name: str, workload: Workload, device: str) -> str | None:
     return None
 
 
-def plan_of(workload: Workload, device: str, *, strategy: str = "auto") -> Plan:
-    """Return the plan ``linear_logprob`` makes for the forward + backward of a workload."""
-    if device.startswith("cuda"):
+def plan_of(
+    workload: Workload, device: str, *, strategy: str = "auto", budget_bytes: int | None = None
+) -> Plan:
+    """Return the plan ``linear_logprob`` makes for the forward + backward of a workload.
+
+    ``device`` is "cpu", "cuda" for the GPU that is there, or one that the planner knows by name.
+    """
+    if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         device = f"cuda:sm_{major}{minor}"
     return plan_linear_logprob(
@@ -164,6 +169,7 @@ def plan_of(workload: Workload, device: str, *, strategy: str = "auto") -> Plan:
         needs_grad=("hidden", "weight") if workload.trainable else ("hidden",),
         gathered=False,
         strategy=strategy,
+        budget_bytes=budget_bytes,
         device=device,
     )
 

@@ -219,14 +219,15 @@ def _make_trainer(
     random_model: RandomModelArguments,
 ) -> Trainer:
     quantization = get_quantization_config(model)
-    loads_model = {"quantization_config": quantization}
+    loads_model, placed = {"quantization_config": quantization}, {}
     if method in ("cpo", "orpo"):
         if quantization is not None:
             raise ValueError(
                 f"--load_in_4bit and --load_in_8bit must be off with --method {method}, whose "
                 "trainer of TRL does not load quantized models, got a quantization"
             )
-        loads_model = {}
+        # they would also spread the model over the devices of a process
+        loads_model, placed = {}, {"device_map": None}
     config = random_model.model_config and read_config(random_model.model_config)
     with args.main_process_first(desc="loading the dataset"):
         splits = [
@@ -240,8 +241,6 @@ def _make_trainer(
             for split in (script.dataset_train_split, script.dataset_test_split)
             if split == script.dataset_train_split or args.eval_strategy != "no"
         ]
-    # CPO and ORPO would spread the model over the devices of a process
-    placed = {"device_map": None} if method in ("cpo", "orpo") else {}
     args.model_init_kwargs = {
         **placed,
         "revision": model.model_revision,

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from spo_kernels._linear_inputs import planned_device
 from spo_kernels.linear_logprob import linear_logprob
-from spo_kernels.planner import Plan, plan_linear_logprob
+from spo_kernels.planner import Plan, device_facts, plan_linear_logprob
 
 # (N, H, V): one where products dominate, one with few rows, one with a small H
 _CPU_SHAPES = ((2048, 512, 32000), (256, 1152, 32768), (512, 2048, 16032))
@@ -58,9 +59,6 @@ def measure(device: torch.device, shapes: Sequence[tuple[int, int, int]] = ()) -
     """Return the median time of each strategy at each shape: bf16 on a GPU, fp32 on a CPU."""
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    planned = "cpu"
-    if on_gpu:
-        planned = "cuda:sm_{}{}".format(*torch.cuda.get_device_capability(device))
     points = []
     for N, H, V in shapes or (_GPU_SHAPES if on_gpu else _CPU_SHAPES):
         hidden = torch.randn(N, H, device=device).to(dtype)
@@ -76,7 +74,7 @@ def measure(device: torch.device, shapes: Sequence[tuple[int, int, int]] = ()) -
                 needs_grad=needs,
                 gathered=False,
                 strategy=strategy,
-                device=planned,
+                device=_planned(device),
             )
             plans[strategy] = plan
             runs[strategy] = _step(plan, needs, hidden, weight, labels)
@@ -112,10 +110,15 @@ def print_report(device: torch.device) -> None:
         )
     # a file or a pipe has no width of its own
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    key, slack_mib = "cpu", 64
-    if device.type == "cuda":
-        key, slack_mib = "sm_{}{}".format(*torch.cuda.get_device_capability(device)), 256
+    planned = _planned(device)
+    slack_mib = device_facts(planned)[1].slack_bytes >> 20
+    key = planned.removeprefix("cuda:")
     print(f'"{key}": DeviceFacts({flops:.2e}, {bandwidth:.2e}, {slack_mib} * _MIB),')
+
+
+def _planned(device: torch.device) -> str:
+    """Return the planner's name of a device; a GPU is measured with the Triton kernels."""
+    return planned_device("triton" if device.type == "cuda" else "torch", device)
 
 
 def _step(

@@ -12,7 +12,6 @@ from test_spo_trainers import build_spo
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import SequentialSampler
 from trl_tiny import Tiny, arguments, history
 from trl_trainers import Data
 from two_processes import assert_equal_across_ranks, rank, run_two_processes, work
@@ -25,13 +24,6 @@ from spo_kernels.integrations.head_checkpoint import load_head, save_head
 STEPS = 3
 
 
-class InOrder(SPOTrainer):
-    """Takes the rows in order, so that each process knows which it gets."""
-
-    def _get_train_sampler(self, *_):
-        return SequentialSampler(self.train_dataset)
-
-
 def rows_of(tiny: Tiny) -> Dataset:
     """Every second pair, and so every batch of the second process, has no key content."""
     empty = {side: [{"role": "assistant", "content": "It is."}] for side in ("chosen", "rejected")}
@@ -41,7 +33,7 @@ def rows_of(tiny: Tiny) -> Dataset:
 
 
 def make_trainer(tiny: Tiny, folder: Path, *, batch_size: int, **settings) -> SPOTrainer:
-    return InOrder(
+    trainer = SPOTrainer(
         model=tiny.path,
         args=arguments(
             folder,
@@ -54,6 +46,7 @@ def make_trainer(tiny: Tiny, folder: Path, *, batch_size: int, **settings) -> SP
         train_dataset=rows_of(tiny),
         processing_class=tiny.tokenizer,
     )
+    return in_order(trainer)
 
 
 def train(tiny: Tiny, folder: Path, *, batch_size: int, wrap=None, **settings) -> SPOTrainer:
