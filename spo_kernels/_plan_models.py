@@ -14,6 +14,8 @@ _TORCH_SLICE_ELEMENTS = 1 << 22
 TORCH_MIN_ROWS = 16
 # the triton forward finishes a tile in pieces of this many columns, one partial statistic each
 SUB_TILE_V = 32
+# rows of tiles end at a multiple of this many columns: 16 bytes of the compute dtype or more
+COLUMN_PAD = 8
 _TRITON_MIN_ROWS = 128
 MIN_VOCAB_STEP = 256
 # a head that must be cast or made contiguous is copied in slices of about this size
@@ -139,7 +141,7 @@ def triton_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[in
     """Yield (row_chunk, vocab_chunk, peak_bytes, bytes_moved) of the triton backend."""
     width = s.H + s.R
     tiles = math.ceil(s.V / SUB_TILE_V)
-    padded_v = math.ceil(s.V / 8) * 8
+    padded_v = math.ceil(s.V / COLUMN_PAD) * COLUMN_PAD
     kept = 64 * s.N
     weight_pass = s.V * width * s.item
     cast = 0

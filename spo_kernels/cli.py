@@ -319,6 +319,7 @@ def _aot(arguments: Sequence[str]) -> int:
         table.add_column(name, overflow="fold")
     for name in ("registers", "stack", "spill", "shared bytes", "of"):
         table.add_column(name, justify="right")
+    table.add_column("load/store", justify="right")
     table.add_column("instruction")
     for row in rows:
         sizes = (row.registers, row.stack_bytes, row.spill_bytes, row.shared_bytes)
@@ -328,6 +329,7 @@ def _aot(arguments: Sequence[str]) -> int:
             row.arch,
             row.tile,
             *map(str, (*sizes, row.shared_limit_bytes)),
+            f"{row.load_bytes}/{row.store_bytes} B",
             row.instruction,
             style="red" if over else None,
         )

@@ -14,6 +14,18 @@ from spo_kernels.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS
 
 # everything at once (softcap, bias, LoRA, all statistics) may spill this much, nothing else at all
 EVERYTHING_STACK_BYTES = 64
+# what each kernel that moves tiles must load and store at once by a thread; 0: nothing to move
+TILE_BYTES = {
+    "linear_logprob_fwd_kernel": (0, 16),
+    "linear_logprob_bwd_logits_kernel": (0, 16),
+    "linear_logprob_bwd_exps_kernel": (16, 16),
+    "linear_logprob_rescale_kernel": (16, 16),
+    "linear_logprob_direction_kernel": (16, 16),
+    "degree_loss_fwd_sums_kernel": (16, 0),
+    "degree_loss_fwd_pool_kernel": (16, 16),
+    "degree_loss_fwd_views_kernel": (16, 16),
+    "degree_loss_bwd_hidden_kernel": (16, 16),
+}
 
 
 def check(row: aot.AotRow) -> None:
@@ -22,6 +34,9 @@ def check(row: aot.AotRow) -> None:
     assert row.spill_bytes == 0, row
     assert row.shared_bytes <= row.shared_limit_bytes, row
     assert row.registers <= 255, row
+    if not row.tile.endswith(" logps"):
+        load, store = TILE_BYTES.get(row.kernel, (0, 0))
+        assert row.load_bytes >= load and row.store_bytes >= store, row
     if "_logits_" in row.kernel or "prob_fwd" in row.kernel:
         if "bf16" in row.tile:
             expected = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}[row.arch]

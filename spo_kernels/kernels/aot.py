@@ -80,6 +80,7 @@ _BWD_SWITCHES = {
 _POINTERS = {
     "labels_ptr": "*i64",
     "segment_offsets_ptr": "*i64",
+    "block_segments_ptr": "*i64",
     "levels_ptr": "*i8",
     "is_top1_ptr": "*i1",
     "view_mask_ptr": "*i1",
@@ -145,6 +146,8 @@ class AotRow:
     shared_bytes: int
     shared_limit_bytes: int
     instruction: str
+    load_bytes: int
+    store_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,8 +262,11 @@ def _small_kernels() -> Iterator[tuple[Any, str, dict[str, Any], int]]:
         yield kernel, f"bf16 entropy {entropy}", {**switches, **blocks}, 3
 
     blocks = {"BLOCK_H": degree_loss.BLOCK_H, "BLOCK_K": degree_loss.BLOCK_K}
+    constexprs = {"BLOCK_B": degree_loss.BLOCK_B, "BLOCK_S": degree_loss.BLOCK_S}
+    yield degree_loss._degree_loss_fwd_blocks_kernel, "fp32", constexprs, 3
     for dtype in ("bf16", "fp32"):
-        constexprs = {**blocks, "BLOCK_N": degree_loss.BLOCK_N, "BLOCK_S": degree_loss.BLOCK_S}
+        constexprs = {**blocks, "BLOCK_N": degree_loss.BLOCK_N}
+        constexprs["BLOCK_H"] = degree_loss.SUMS_BLOCK_H
         yield degree_loss._degree_loss_fwd_sums_kernel, dtype, constexprs, degree_loss.NUM_STAGES
     for center in (False, True):
         constexprs = {**blocks, "CENTER": center}
@@ -459,7 +465,21 @@ def _compile(case: _Case) -> AotRow:
         shared_bytes=compiled.metadata.shared,
         shared_limit_bytes=case.shared_limit_bytes,
         instruction=found[0] if found else "",
+        load_bytes=max(_access_bytes(ptx, "ld"), _copy_bytes(ptx)),
+        store_bytes=_access_bytes(ptx, "st"),
     )
+
+
+def _access_bytes(ptx: str, kind: str) -> int:
+    """Return the most bytes that one global load ("ld") or store ("st") of a thread moves."""
+    found = re.findall(rf"{kind}\.global(?:\.v(\d))?\.b(\d+)", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
+
+
+def _copy_bytes(ptx: str) -> int:
+    """Return the same of an asynchronous copy to shared memory, TMA's apart."""
+    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*\], (0x[0-9a-f]+|\d+)", ptx)
+    return max((int(size, 0) for size in sizes), default=0)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

@@ -9,7 +9,9 @@
 Symbols: N rows, S segments, K degrees, H hidden; A is the view matrix, centred or not. The rows are
 cut into blocks of ROWS; a block meets the segments of its rows, and the pairs (block, segment) that
 meet form a staircase, so ``block + segment`` is a slot of its own for each partial sum and nothing
-about the segments is needed on the host. Partial sums are added in block order: no atomics, same
+about the segments is needed on the host. Which segments a block meets is looked up by a kernel of
+its own: a row counter that comes out of a loop would hide from the compiler that rows are aligned,
+and it would read them 2 bytes at a time. Partial sums are added in block order: no atomics, same
 bits every run. All sums and products are fp32; hidden is exact in the one-hot product.
 """
 
@@ -25,8 +27,13 @@ BLOCK_N = 32
 BLOCK_H = 128
 # segment offsets compared at a time while looking for the segment of a row
 BLOCK_S = 64
+# blocks looked up at a time
+BLOCK_B = 32
 NUM_WARPS = 4
-NUM_STAGES = 2
+# of the kernel that reads the hidden states: whole 128 bytes of a half-precision row, three tiles
+# of them under way in each program
+SUMS_BLOCK_H = 64
+NUM_STAGES = 4
 # programs a multiprocessor gets of the kernel that reads the hidden states: enough loads in flight,
 # few enough blocks for the reduction after it
 PROGRAMS_PER_SM = 4
@@ -65,14 +72,35 @@ def _views(counts, K, CENTER: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _degree_loss_fwd_blocks_kernel(
+    segment_offsets_ptr,  # [S + 1] int64
+    block_segments_ptr,  # [blocks, 2] int64, out: first and one past the last segment
+    N,
+    S,
+    ROWS,
+    blocks,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = offs_b < blocks
+    first_row = offs_b * ROWS
+    last_row = tl.minimum(first_row + ROWS, N) - 1
+    first = _segments_before(first_row, segment_offsets_ptr, S, BLOCK_S)
+    last = _segments_before(last_row, segment_offsets_ptr, S, BLOCK_S)
+    tl.store(block_segments_ptr + 2 * offs_b, first, mask=mask_b)
+    tl.store(block_segments_ptr + 2 * offs_b + 1, tl.minimum(last + 1, S), mask=mask_b)
+
+
+@triton.jit
 def _degree_loss_fwd_sums_kernel(
     hidden_ptr,  # [N, H] bf16|fp16|fp32
     levels_ptr,  # [N] int8
     segment_offsets_ptr,  # [S + 1] int64
+    block_segments_ptr,  # [blocks, 2] int64
     partial_sums_ptr,  # [slots, K, H] fp32, out
     partial_counts_ptr,  # [slots, BLOCK_K + 1] fp32, out: rows at each level, rows at a bad level
     N,
-    S,
     K,
     H,
     ROWS,
@@ -80,7 +108,6 @@ def _degree_loss_fwd_sums_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_S: tl.constexpr,
 ):
     blocks_h = tl.cdiv(H, BLOCK_H)
     block = (tl.program_id(0) // blocks_h).to(tl.int64)
@@ -91,11 +118,8 @@ def _degree_loss_fwd_sums_kernel(
     mask_h = offs_h < H
     offs_k = tl.arange(0, BLOCK_K)
 
-    # [2], the segments of the first and the last row
-    ends = first_row + tl.arange(0, 2).to(tl.int64) * (end_row - 1 - first_row)
-    segments = _segments_before(ends, segment_offsets_ptr, S, BLOCK_S)
-    first_segment = tl.min(segments, axis=0)
-    end_segment = tl.minimum(tl.max(segments, axis=0) + 1, S)
+    first_segment = tl.load(block_segments_ptr + 2 * block)
+    end_segment = tl.load(block_segments_ptr + 2 * block + 1)
     for segment in range(first_segment, end_segment):
         start = tl.maximum(tl.load(segment_offsets_ptr + segment), first_row)
         end = tl.minimum(tl.load(segment_offsets_ptr + segment + 1), end_row)
@@ -283,13 +307,15 @@ def degree_loss_fwd(
     S, K = segment_offsets.numel() - 1, head_weight.shape[0]
     blocks_h = cdiv(H, BLOCK_H)
     programs = PROGRAMS_PER_SM * program_count(hidden.device)
-    rows = cdiv(max(N, 1) * blocks_h, programs * BLOCK_N) * BLOCK_N
+    sums_blocks_h = cdiv(H, SUMS_BLOCK_H)
+    rows = cdiv(max(N, 1) * sums_blocks_h, programs * BLOCK_N) * BLOCK_N
     blocks = cdiv(N, rows)
     slots = blocks + S
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
+    block_segments = empty(blocks, 2, dtype=torch.int64)
     partial_sums, partial_counts = empty(slots, K, H), empty(slots, BLOCK_K + 1)
     pooled, counts = empty(S, K, H), empty(S, BLOCK_K + 1)
     partial_logits = empty(S, blocks_h, BLOCK_K, BLOCK_K)
@@ -301,22 +327,33 @@ def degree_loss_fwd(
         return outputs
     with device_guard(hidden):
         if N > 0:
-            _degree_loss_fwd_sums_kernel[(blocks * blocks_h,)](
+            _degree_loss_fwd_blocks_kernel[(cdiv(blocks, BLOCK_B),)](
+                segment_offsets_ptr=segment_offsets,
+                block_segments_ptr=block_segments,
+                N=N,
+                S=S,
+                ROWS=rows,
+                blocks=blocks,
+                BLOCK_B=BLOCK_B,
+                BLOCK_S=BLOCK_S,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
+            _degree_loss_fwd_sums_kernel[(blocks * sums_blocks_h,)](
                 hidden_ptr=hidden,
                 levels_ptr=levels,
                 segment_offsets_ptr=segment_offsets,
+                block_segments_ptr=block_segments,
                 partial_sums_ptr=partial_sums,
                 partial_counts_ptr=partial_counts,
                 N=N,
-                S=S,
                 K=K,
                 H=H,
                 ROWS=rows,
                 stride_hidden_n=hidden.stride(0),
                 BLOCK_N=BLOCK_N,
-                BLOCK_H=BLOCK_H,
+                BLOCK_H=SUMS_BLOCK_H,
                 BLOCK_K=BLOCK_K,
-                BLOCK_S=BLOCK_S,
                 num_warps=NUM_WARPS,
                 num_stages=NUM_STAGES,
                 enable_fp_fusion=True,

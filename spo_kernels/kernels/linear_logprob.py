@@ -28,6 +28,7 @@ from spo_kernels.kernels.logits_tile import (
     local_label,
     logits_tile,
     operand,
+    padded,
     precision_of,
     sub_tiles_of,
     tile_of,
@@ -117,7 +118,7 @@ def _finish_sub_tile(
         tl.store(
             exps_ptr + v0 + offs_n[:, None] * stride_exps_n + cols[None, :],
             round_to(kept, exps_ptr.dtype.element_ty),
-            mask=mask_n[:, None] & mask_v[None, :],
+            mask=mask_n[:, None] & (cols < padded(V) - v0)[None, :],
         )
 
 
@@ -137,7 +138,7 @@ def _linear_logprob_fwd_kernel(
     part_plain_ptr,  # [S, N] fp32, out
     target_ptr,  # [N] fp32, out: target logit
     top1_ptr,  # [N] int32, out: sub-tile of the label, -1 - sub-tile where it loses there
-    exps_ptr,  # [N, V] out
+    exps_ptr,  # [N, V] out, 0 up to the padded V
     N,
     V,
     H,
@@ -216,7 +217,7 @@ def linear_logprob_fwd(
 
     Assumes checked inputs on one device in one dtype, hidden ``[n, H]`` and weight ``[v, H]`` with
     a contiguous last axis, LoRA factors contiguous, ``parts`` holding every partial that ``stats``
-    asks for.
+    asks for, rows of ``exps`` that reach to the padded V.
     """
     n, H = hidden.shape
     V = weight.shape[0]

@@ -20,6 +20,7 @@ from spo_kernels.kernels.logits_tile import (
     local_label,
     logits_tile,
     operand,
+    padded,
     precision_of,
     sub_tiles_of,
     tile_of,
@@ -84,7 +85,7 @@ def _store_gradient(
     tl.store(
         grad_ptr + v0 + offs_n[:, None] * stride_grad_n + cols[None, :],
         round_to(grad, grad_ptr.dtype.element_ty),
-        mask=mask_n[:, None] & mask_v[None, :],
+        mask=mask_n[:, None] & (cols < padded(V) - v0)[None, :],
     )
 
 
@@ -102,7 +103,7 @@ def _linear_logprob_bwd_logits_kernel(
     on_label_ptr,  # [N] fp32
     g_entropy_ptr,  # [N] fp32
     everywhere_ptr,  # [N] fp32
-    grad_ptr,  # [N, V] compute dtype, out
+    grad_ptr,  # [N, V] compute dtype, out; anything up to the padded V
     N,
     V,
     H,
@@ -164,7 +165,7 @@ def _linear_logprob_bwd_exps_kernel(
     on_label_ptr,  # [N] fp32
     g_entropy_ptr,  # [N] fp32
     everywhere_ptr,  # [N] fp32
-    grad_ptr,  # [N, V] compute dtype, out
+    grad_ptr,  # [N, V] compute dtype, out; anything up to the padded V
     N,
     V,
     v_start,
@@ -182,7 +183,7 @@ def _linear_logprob_bwd_exps_kernel(
     v0 = (tl.program_id(0) % tiles_v) * BLOCK_V
     cols = tl.arange(0, BLOCK_V)
     mask_n = offs_n < N
-    mask = mask_n[:, None] & (cols < V - v0)[None, :]
+    mask = mask_n[:, None] & (cols < padded(V) - v0)[None, :]
     # [BLOCK_N, BLOCK_V]
     exps = tl.load(
         exps_ptr + v0 + offs_n[:, None] * stride_exps_n + cols[None, :], mask=mask, other=0.0
@@ -235,7 +236,7 @@ def linear_logprob_bwd_logits(
     """Write the gradient tile ``grad [n, v]`` of one weight slice from recomputed logits.
 
     Assumes what ``linear_logprob_fwd`` assumes, and fp32 row vectors logsumexp, on_p, on_label, and
-    where their terms exist entropy, g_entropy, everywhere.
+    where their terms exist entropy, g_entropy, everywhere; rows of ``grad`` reach to the padded V.
     """
     n, H = hidden.shape
     V = weight.shape[0]
@@ -301,7 +302,10 @@ def linear_logprob_bwd_exps(
     v_start: int,
     outer: float,
 ) -> None:
-    """Write the gradient tile ``grad [n, v]`` of one slice of kept exponentials."""
+    """Write the gradient tile ``grad [n, v]`` of one slice of kept exponentials.
+
+    Assumes rows of both that reach to the padded V.
+    """
     n, V = exps.shape
     nothing = vectors["on_p"]
     with device_guard(exps):

@@ -23,6 +23,7 @@ from spo_kernels.kernels.logits_tile import (
     ROW_REFERENCE,
     SQUARES,
     TOP1,
+    padded,
 )
 
 
@@ -160,7 +161,7 @@ def _linear_logprob_rescale_kernel(
         else:
             factor = tl.exp2(tl.ceil(own * LOG2E) - tl.ceil(logsumexp * LOG2E))
         offs_v = sub.to(tl.int64) * SUB_V + tl.arange(0, SUB_V)
-        mask = todo[:, None] & (offs_v < V)[None, :]
+        mask = todo[:, None] & (offs_v < padded(V))[None, :]
         offs = offs_n[:, None] * stride_exps_n + offs_v[None, :]
         kept = tl.load(exps_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         # a row reference of -inf meets only exponentials of 0
@@ -287,7 +288,10 @@ def linear_logprob_rescale(
     *,
     write_exp: int,
 ) -> None:
-    """Bring kept exponentials of one weight slice to their row's logsumexp where that is needed."""
+    """Bring kept exponentials of one weight slice to their row's logsumexp where that is needed.
+
+    Assumes rows of ``exps`` that reach to the padded V.
+    """
     n, V = exps.shape
     with device_guard(exps):
         _linear_logprob_rescale_kernel[(cdiv(n, RESCALE_BLOCK_N) * cdiv(V, SUB_TILE_V),)](

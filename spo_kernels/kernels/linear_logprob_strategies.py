@@ -19,7 +19,7 @@ from spo_kernels._call import (
     backward_direction,
     row_coefficients,
 )
-from spo_kernels._plan_models import SUB_TILE_V, head_slice_columns
+from spo_kernels._plan_models import COLUMN_PAD, SUB_TILE_V, head_slice_columns
 from spo_kernels.kernels import linear_logprob as fwd
 from spo_kernels.kernels import linear_logprob_bwd as bwd
 from spo_kernels.kernels import linear_logprob_rows as row_kernels
@@ -424,8 +424,8 @@ def _tile(kernel: str, call: Call, hidden: torch.Tensor, weight: torch.Tensor) -
 
 
 def _padded(columns: int) -> int:
-    # a TMA or cuBLAS row stride is best a multiple of 16 bytes
-    return cdiv(columns, 8) * 8
+    # a TMA, cuBLAS or vector store wants a row stride of a multiple of 16 bytes
+    return cdiv(columns, COLUMN_PAD) * COLUMN_PAD
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spo_kernels._plan_models import COLUMN_PAD
 from spo_kernels.kernels.device import INTERPRET
 from spo_kernels.kernels.tiles import Tile
 
@@ -28,6 +29,7 @@ SCALED = tl.constexpr(1)
 CAPPED = tl.constexpr(2)
 ROW_REFERENCE = tl.constexpr(1)
 OWN_REFERENCE = tl.constexpr(2)
+_PAD = tl.constexpr(COLUMN_PAD)
 
 
 @triton.jit
@@ -146,6 +148,12 @@ def local_label(labels_ptr, offs_n, mask_n, first, WIDTH: tl.constexpr):
     """Return each row's label as a column of ``first : first + WIDTH``, -1 if elsewhere."""
     label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1) - first
     return tl.where((label >= 0) & (label < WIDTH), label, -1).to(tl.int32)
+
+
+@triton.jit
+def padded(V):
+    """Return where a row of a tile buffer ends: masked there, every V is written 16 bytes at once."""
+    return (V + _PAD - 1) // _PAD * _PAD
 
 
 @triton.jit
