@@ -1,29 +1,33 @@
-"""What the planner's time model needs of a device, measured with the op that it plans.
+"""What the planner's time model and the tile table need of a device, measured with the op itself.
 
     time = units * 2 N H V / flops + bytes moved / bandwidth
 
-Both rates are fitted to measured times of every strategy at a few shapes, so the bandwidth is what
-the op reaches between its products, not that of a bare copy. Nothing is stored: the row printed is
-one of ``planner._DEVICES``, which a maintainer commits.
+Both rates are fitted to the least times of every strategy at a few shapes (what disturbs a run
+only adds to it), so the bandwidth is what the op reaches between its products, not that of a bare
+copy. On a GPU the tiles of ``tiles.RACED`` are timed in place of the table's, one for each kernel.
+Nothing is stored: what is printed are rows of ``planner._DEVICES`` and ``tiles.TILES``, which a
+maintainer commits.
 """
 
 import dataclasses
-import statistics
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from spo_kernels._linear_inputs import planned_device
 from spo_kernels.linear_logprob import linear_logprob
-from spo_kernels.planner import Plan, device_facts, plan_linear_logprob
+from spo_kernels.planner import device_facts, plan_linear_logprob
 
 # (N, H, V): one where products dominate, one with few rows, one with a small H
 _CPU_SHAPES = ((2048, 512, 32000), (256, 1152, 32768), (512, 2048, 16032))
 _GPU_SHAPES = ((8192, 4096, 128256), (8192, 896, 151936), (2048, 2048, 128256))
 _NEEDS = {"score": (), "direction": ("hidden",), "recompute": ("hidden", "weight")}
+_DPO_OUTPUTS = ("logps", "entropy", "mean_logits", "is_top1")
 _ROUNDS = 5
 
 
@@ -56,14 +60,12 @@ def fit(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def measure(device: torch.device, shapes: Sequence[tuple[int, int, int]] = ()) -> list[Point]:
-    """Return the median time of each strategy at each shape: bf16 on a GPU, fp32 on a CPU."""
+    """Return the least time of each strategy at each shape: bf16 on a GPU, fp32 on a CPU."""
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     points = []
     for N, H, V in shapes or (_GPU_SHAPES if on_gpu else _CPU_SHAPES):
-        hidden = torch.randn(N, H, device=device).to(dtype)
-        weight = (torch.randn(V, H, device=device) * H**-0.5).to(dtype)
-        labels = torch.randint(V, (N,), device=device)
+        hidden, weight, labels = _inputs(N, H, V, dtype, device)
         runs, plans = {}, {}
         for strategy, needs in _NEEDS.items():
             plan = plan_linear_logprob(
@@ -77,14 +79,65 @@ def measure(device: torch.device, shapes: Sequence[tuple[int, int, int]] = ()) -
                 device=_planned(device),
             )
             plans[strategy] = plan
-            runs[strategy] = _step(plan, needs, hidden, weight, labels)
+            runs[strategy] = _step(strategy, needs, hidden, weight, labels)
         for strategy, values in _race(runs, device).items():
             plan = plans[strategy]
             flop = plan.gemm_units * 2.0 * N * H * V
-            points.append(
-                Point(strategy, N, H, V, flop, plan.bytes_moved, statistics.median(values))
-            )
+            points.append(Point(strategy, N, H, V, flop, plan.bytes_moved, min(values)))
     return points
+
+
+@dataclasses.dataclass(frozen=True)
+class TileTime:
+    """One tile in one row of the tile table: geometric mean of its least times at the shapes."""
+
+    key: tuple[str, str, str, str]
+    tile: Any
+    measured_ms: float
+
+
+def race_tiles(
+    device: torch.device, shapes: Sequence[tuple[int, int, int]] = _GPU_SHAPES
+) -> list[TileTime]:
+    """Return the time of each raced tile: forward with DPO's outputs, or with the backward.
+
+    The table's own row is put back; a tile changes every strategy's log-probs alike.
+    """
+    from spo_kernels.kernels.device import arch_of, shared_bytes
+    from spo_kernels.kernels.tiles import RACED, TILES, arch_class_of
+
+    arch_class = arch_class_of(arch_of(device), shared_bytes(device))
+    found = []
+    for (raced_for, loads), candidates in RACED.items():
+        if raced_for != arch_class:
+            continue
+        for kernel, strategy in (("fwd", "direction"), ("bwd", "recompute")):
+            key = (kernel, arch_class, "half", loads)
+            row = TILES[key]
+            try:
+                for tile in candidates:
+                    TILES[key] = tile
+                    found.append(TileTime(key, tile, _tile_ms(strategy, shapes, device)))
+            finally:
+                TILES[key] = row
+    return found
+
+
+def _tile_ms(strategy: str, shapes: Sequence[tuple[int, int, int]], device: torch.device) -> float:
+    logs = []
+    for N, H, V in shapes:
+        hidden, weight, labels = _inputs(N, H, V, torch.bfloat16, device)
+        run = _step(strategy, _NEEDS[strategy], hidden, weight, labels, outputs=_DPO_OUTPUTS)
+        logs.append(math.log(min(_race({strategy: run}, device)[strategy])))
+    return math.exp(sum(logs) / len(logs))
+
+
+def _inputs(
+    N: int, H: int, V: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden = torch.randn(N, H, device=device).to(dtype)
+    weight = (torch.randn(V, H, device=device) * H**-0.5).to(dtype)
+    return hidden, weight, torch.randint(V, (N,), device=device)
 
 
 def print_report(device: torch.device) -> None:
@@ -114,6 +167,16 @@ def print_report(device: torch.device) -> None:
     slack_mib = device_facts(planned)[1].slack_bytes >> 20
     key = planned.removeprefix("cuda:")
     print(f'"{key}": DeviceFacts({flops:.2e}, {bandwidth:.2e}, {slack_mib} * _MIB),')
+    if device.type == "cuda":
+        _print_tiles(race_tiles(device))
+
+
+def _print_tiles(times: Sequence[TileTime]) -> None:
+    for time_ in times:
+        print(f"{time_.measured_ms:10.3f} ms  {time_.key[0]}  {time_.tile}")
+    for key in dict.fromkeys(time_.key for time_ in times):
+        best = min((t for t in times if t.key == key), key=lambda t: t.measured_ms)
+        print(f"{key}: {best.tile},")
 
 
 def _planned(device: torch.device) -> str:
@@ -122,22 +185,31 @@ def _planned(device: torch.device) -> str:
 
 
 def _step(
-    plan: Plan,
+    strategy: str,
     needs: Sequence[str],
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
+    outputs: tuple[str, ...] = ("logps",),
 ) -> Callable[[], None]:
     hidden = hidden.detach().requires_grad_("hidden" in needs)
     weight = weight.detach().requires_grad_("weight" in needs)
     leaves = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+    # bf16 is what the kernels are tuned for, on a GPU or in a test's interpreter
+    backend = "triton" if hidden.dtype == torch.bfloat16 else "torch"
 
     def run() -> None:
-        out = linear_logprob(
-            hidden, weight, labels, scored_rows=plan.rows, strategy=plan.strategy
+        logps = linear_logprob(
+            hidden,
+            weight,
+            labels,
+            outputs=outputs,
+            scored_rows=len(labels),
+            strategy=strategy,
+            backend=backend,
         ).logps
         if leaves:
-            torch.autograd.grad(out.sum(), leaves)
+            torch.autograd.grad(logps.sum(), leaves)
 
     return run
 

@@ -9,7 +9,7 @@ if triton_interpreter_on():
     pytest.skip("needs TRITON_INTERPRET=0 (make test runs it so)", allow_module_level=True)
 
 from spo_kernels.kernels import aot
-from spo_kernels.kernels.tiles import TILES
+from spo_kernels.kernels.tiles import RACED, TILES
 from spo_kernels.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS
 
 # everything at once (softcap, bias, LoRA, all statistics) may spill this much, nothing else at all
@@ -88,6 +88,18 @@ def test_tile_rows(arch, kernel):
     assert len(rows) == sum(key[0] == kind and key[1] in classes for key in TILES)
     for row in rows:
         check(row)
+
+
+@pytest.mark.parametrize("arch_class", [key[0] for key in RACED])
+@pytest.mark.parametrize("kind", ["fwd", "bwd"])
+def test_raced_tiles(arch_class, kind):
+    """What ``spo-kernels tune`` may put into the table keeps the table's ceilings."""
+    kernel, variant = ("logprob_fwd", "dpo+exps") if kind == "fwd" else ("bwd_logits", "capped")
+    for (candidates_for, loads), candidates in RACED.items():
+        for tile in candidates if candidates_for == arch_class else ():
+            tiles = {(kind, arch_class, "half", loads): tile}
+            (row,) = aot.report((arch_class,), kernel, variant, tiles)
+            check(row)
 
 
 @pytest.mark.soak

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spo_kernels import tune
+from spo_kernels._checks import triton_interpreter_on
 
 
 def made_points(flops, bandwidth, noise=0.0):
@@ -43,3 +44,34 @@ def test_measure():
 def test_measure_on_a_gpu(cuda_device):
     flops, bandwidth = tune.fit(tune.measure(cuda_device))
     assert 1e12 < flops < 1e16 and 1e10 < bandwidth < 1e14
+
+
+def test_race_tiles(monkeypatch):
+    """Every raced tile runs in its row, and the table is as it was."""
+    if not triton_interpreter_on():
+        pytest.skip("needs the interpreter (make test runs it so)")
+    from spo_kernels.kernels import linear_logprob, linear_logprob_bwd
+    from spo_kernels.kernels.tiles import RACED, TILES
+
+    ran = {"fwd": [], "bwd": []}
+    for module, name, kind in (
+        (linear_logprob, "linear_logprob_fwd", "fwd"),
+        (linear_logprob_bwd, "linear_logprob_bwd_logits", "bwd"),
+    ):
+        launch = getattr(module, name)
+
+        def recorded(*args, launch=launch, kind=kind, **settings):
+            ran[kind].append(settings["tile"])
+            return launch(*args, **settings)
+
+        monkeypatch.setattr(module, name, recorded)
+    monkeypatch.setattr(tune, "_ROUNDS", 1)
+    before, tiles = dict(TILES), RACED["sm_80", "pointer"]
+    times = tune.race_tiles(torch.device("cpu"), shapes=((5, 16, 300),))
+    assert before == TILES
+    assert [(t.key, t.tile) for t in times] == [
+        ((kind, "sm_80", "half", "pointer"), tile) for kind in ran for tile in tiles
+    ]
+    assert all(t.measured_ms > 0 for t in times)
+    assert set(ran["fwd"]) == set(tiles) | {TILES["fwd", "sm_80", "half", "pointer"]}
+    assert set(ran["bwd"]) == set(tiles)

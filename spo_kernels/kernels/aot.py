@@ -9,7 +9,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -165,14 +165,19 @@ class _Case:
     unaligned: bool = False
 
 
-def report(archs: tuple[str, ...] = ARCHS, kernels: str = "", variant: str = "") -> list[AotRow]:
+def report(
+    archs: tuple[str, ...] = ARCHS,
+    kernels: str = "",
+    variant: str = "",
+    tiles: Mapping[tuple[str, str, str, str], Tile] = TILES,
+) -> list[AotRow]:
     """Compile what has ``kernels`` in its kernel's name and ends in ``variant``; one row each."""
     unknown = [arch for arch in archs if arch not in ARCHS]
     if unknown:
         raise ValueError(f"aot: archs must be among {', '.join(ARCHS)}, got {unknown[0]}")
     cases = [
         case
-        for case in _cases(archs)
+        for case in _cases(archs, tiles)
         if kernels in case.kernel.fn.__name__ and case.tile.endswith(variant)
     ]
     # ptxas runs outside the interpreter lock
@@ -180,8 +185,10 @@ def report(archs: tuple[str, ...] = ARCHS, kernels: str = "", variant: str = "")
         return list(pool.map(_compile, cases))
 
 
-def _cases(archs: tuple[str, ...]) -> Iterator[_Case]:
-    for (kind, arch_class, dtype_class, loads), tile in TILES.items():
+def _cases(
+    archs: tuple[str, ...], tiles: Mapping[tuple[str, str, str, str], Tile]
+) -> Iterator[_Case]:
+    for (kind, arch_class, dtype_class, loads), tile in tiles.items():
         arch = "sm_80" if arch_class == "small" else arch_class
         if arch not in archs:
             continue
@@ -217,7 +224,7 @@ def _cases(archs: tuple[str, ...]) -> Iterator[_Case]:
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 shared_limit_bytes=limit,
-                unaligned=loads == "pointer" and (kind, arch_class, dtype_class, "tma") in TILES,
+                unaligned=loads == "pointer" and (kind, arch_class, dtype_class, "tma") in tiles,
             )
     for arch in archs:
         for kernel, label, constexprs, num_stages in _small_kernels():

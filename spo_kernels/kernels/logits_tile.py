@@ -152,7 +152,7 @@ def local_label(labels_ptr, offs_n, mask_n, first, WIDTH: tl.constexpr):
 
 @triton.jit
 def padded(V):
-    """Return where a row of a tile buffer ends: masked there, every V is written 16 bytes at once."""
+    """Return where a row of a tile buffer ends: masked there, 16 bytes are written at once."""
     return (V + _PAD - 1) // _PAD * _PAD
 
 

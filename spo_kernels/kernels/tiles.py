@@ -2,7 +2,9 @@
 
 A tile is never chosen by row count, strategy or outputs, so a row's log-prob has the same bits
 wherever it is computed. Rows were chosen by compiling ahead of time: the largest tile without
-spills with every output on (``spo-kernels aot`` prints the report).
+spills with every output on (``spo-kernels aot`` prints the report); ``spo-kernels tune`` times
+them beside others on a GPU, no row is timed yet. Warp specialisation is in none: for sm_90 neither
+Triton 3.6 nor 3.9 emits it, for sm_100 3.6 fails to compile these kernels with it and 3.9 spills.
 """
 
 import dataclasses
@@ -60,16 +62,45 @@ TILES: dict[tuple[str, str, str, str], Tile] = {
     ("bwd", "small", "float", "pointer"): _FLOAT,
 }
 
+# what ``spo-kernels tune`` races on a GPU for the rows of half dtypes, by (architecture class,
+# loads): large tiles, and small ones of which a second runs while the first one ends
+RACED: dict[tuple[str, str], tuple[Tile, ...]] = {
+    ("sm_80", "pointer"): (
+        Tile(128, 256, 32, 8, 3),
+        Tile(128, 256, 32, 8, 4),
+        Tile(128, 128, 32, 8, 3),
+        Tile(128, 128, 32, 4, 3, programs_per_sm=2),
+    ),
+    ("sm_90", "tma"): (
+        Tile(128, 256, 64, 8, 3, tma=True),
+        Tile(128, 256, 64, 8, 4, tma=True),
+        Tile(256, 128, 64, 8, 3, tma=True),
+        Tile(128, 128, 64, 8, 3, tma=True, programs_per_sm=2),
+        Tile(128, 128, 64, 4, 3, tma=True, programs_per_sm=2),
+    ),
+    ("sm_100", "tma"): (
+        Tile(128, 256, 64, 8, 3, tma=True),
+        Tile(128, 256, 64, 8, 4, tma=True),
+        Tile(128, 128, 64, 8, 3, tma=True, programs_per_sm=2),
+        Tile(128, 128, 64, 4, 3, tma=True, programs_per_sm=2),
+    ),
+}
+
 # devices such as sm_86, sm_89 and sm_120 have about 99 KiB of shared memory a block
 _SMALL_SHARED_BYTES = 120 * 1024
+
+
+def arch_class_of(arch: str, shared_bytes: int) -> str:
+    """Return which rows of the table an architecture ("sm_90") takes."""
+    if shared_bytes < _SMALL_SHARED_BYTES:
+        return "small"
+    number = int(arch.removeprefix("sm_"))
+    return "sm_100" if number >= 100 else "sm_90" if number >= 90 else "sm_80"
 
 
 def tile_for(kernel: str, arch: str, dtype: torch.dtype, *, shared_bytes: int, tma: bool) -> Tile:
     """Return the tile of ``kernel`` ("fwd" or "bwd") on ``arch`` ("sm_90")."""
     dtype_class = "float" if dtype == torch.float32 else "half"
-    number = int(arch.removeprefix("sm_"))
-    arch_class = "sm_100" if number >= 100 else "sm_90" if number >= 90 else "sm_80"
-    if shared_bytes < _SMALL_SHARED_BYTES:
-        arch_class = "small"
+    arch_class = arch_class_of(arch, shared_bytes)
     row = TILES.get((kernel, arch_class, dtype_class, "tma")) if tma else None
     return row or TILES[(kernel, arch_class, dtype_class, "pointer")]
