@@ -28,6 +28,7 @@ GPU_PROMISES = (
     ("preference_loss, longest launch", "20 us", "longest launch against"),
     ("bounded sparse backward, time against TRL", "0.25 + 0.85 f", "sparse time against TRL"),
     ("degree_loss beside linear_logprob", "1.03x", "degree_loss beside linear_logprob"),
+    ("degree_loss forward, time against a copy's bytes", "1 / 0.7", "hidden states read against"),
 )
 
 
@@ -81,7 +82,8 @@ def cpu_bars(rows: Iterable[Row]) -> list[Bar]:
 def gpu_bars(rows: Iterable[Row]) -> list[Bar]:
     """Return the bars of the Triton backend: time and memory against TRL, eager and bare GEMMs.
 
-    And those of ``preference_loss``: one launch each way, none of them long, no host sync.
+    And those of ``preference_loss``: one launch each way, none of them long, no host sync; and of
+    ``degree_loss``: what it adds to the log-probs, and how fast it reads the hidden states.
     """
     rows = list(rows)
     runs: dict[tuple[str, str], dict[str, Row]] = {}
@@ -131,6 +133,13 @@ def gpu_bars(rows: Iterable[Row]) -> list[Bar]:
         if ours["rows"] // (2 * ours["pairs"]) >= 16384:
             bars.append(_bar(case, "memory against Liger", "peak_bytes", ours, liger, 0.25))
     for row in rows:
+        if row["kind"] == "degree" and row.get("device") == "cuda":
+            case = f"GPU, {row['workload']}"
+            if "beside" in row:
+                bars.append(Bar(case, "degree_loss beside linear_logprob", row["beside"], 1.03))
+            if "copy_share" in row:
+                what = "hidden states read against a copy's bandwidth"
+                bars.append(Bar(case, what, 1 / row["copy_share"], 1 / 0.7))
         if row["kind"] == "launches" and row["provider"] == "spo" and "launch_us" in row:
             case = f"GPU, {row['workload']}"
             for which in ("forward", "backward"):

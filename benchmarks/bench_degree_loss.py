@@ -1,4 +1,4 @@
-"""``degree_loss`` beside the naive formula, and beside ``linear_logprob`` of the same batch."""
+"""``degree_loss`` beside the naive formula, ``linear_logprob`` of the same batch, and a copy."""
 
 import torch
 
@@ -24,22 +24,17 @@ def test_degree_loss(benchmark, record, setting) -> None:
 
     benchmark.group = f"degree_loss {workload.name}"
     benchmark.pedantic(one_round, rounds=setting.rounds, warmup_rounds=1)
-    for row in rows_of(workload, {name: values[1:] for name, values in times.items()}):
+    times = {name: values[1:] for name, values in times.items()}
+    for row in rows_of(workload, times, setting.device):
         record(**row)
 
 
 def make_runs(workload: workloads.Workload, device: str) -> dict:
     """Return the callables to race, after the gate against fp64."""
     tensors = workloads.make_tensors(workload, device)
-    generator = torch.Generator().manual_seed(0)
-    levels = torch.randint(0, _DEGREES, (workload.rows,), generator=generator, dtype=torch.int8)
-    # every third token or so is key content
-    levels[torch.rand(workload.rows, generator=generator) > 0.35] = 0
-    offsets = torch.linspace(0, workload.rows, _SEGMENTS + 1).long().to(device)
-    levels = levels.to(device)
     hidden = tensors.hidden
-    head = torch.randn(_DEGREES, workload.hidden, generator=generator) * workload.hidden**-0.5
-    head = head.to(device, hidden.dtype).requires_grad_()
+    levels, offsets, head = _degree_inputs(hidden)
+    head.requires_grad_()
 
     truth = degree_loss_reference(
         hidden.detach().double(), levels, offsets, head.detach().double()
@@ -63,11 +58,47 @@ def make_runs(workload: workloads.Workload, device: str) -> dict:
     }
 
 
-def rows_of(workload: workloads.Workload, times: dict[str, list[float]]) -> list[dict]:
+def _degree_inputs(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return levels, segment offsets and a head for these hidden states."""
+    N, H = hidden.shape
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, _DEGREES, (N,), generator=generator, dtype=torch.int8)
+    # every third token or so is key content
+    levels[torch.rand(N, generator=generator) > 0.35] = 0
+    offsets = torch.linspace(0, N, _SEGMENTS + 1).long()
+    head = torch.randn(_DEGREES, H, generator=generator) * H**-0.5
+    return levels.to(hidden.device), offsets.to(hidden.device), head.to(hidden)
+
+
+def bandwidth_runs(rows: int, hidden_size: int, dtype: torch.dtype, device: str) -> dict:
+    """Return a forward, which reads the hidden states once, and a copy of them."""
+    hidden = torch.randn(rows, hidden_size, device=device, dtype=dtype)
+    inputs = _degree_inputs(hidden)
+    copy = torch.empty_like(hidden)
+    return {"spo": lambda: degree_loss(hidden, *inputs), "copy": lambda: copy.copy_(hidden)}
+
+
+def bandwidth_row(rows: int, hidden_size: int, times: dict[str, list[float]], device: str) -> dict:
+    """Return the forward's share of the bandwidth of a copy, which moves twice its bytes."""
+    numbers = {name: timing.summary(values) for name, values in times.items()}
+    share = numbers["copy"]["median_ms"] / (2 * numbers["spo"]["median_ms"])
+    return {
+        "kind": "degree",
+        "workload": f"degree-sums-n{rows}-h{hidden_size}",
+        "provider": "spo",
+        "device": device.partition(":")[0],
+        **numbers["spo"],
+        "copy_share": round(share, 4),
+        "note": f"{share:.2f} of a copy's bandwidth",
+    }
+
+
+def rows_of(workload: workloads.Workload, times: dict[str, list[float]], device: str) -> list[dict]:
     """Return a row for the naive form and ours; ours with its share of the batch's log-probs."""
     numbers = {name: timing.summary(values) for name, values in times.items()}
     beside = 1 + numbers["spo"]["median_ms"] / numbers["linear_logprob"]["median_ms"]
     base = {"kind": "degree", "workload": f"degree-{workload.name}"}
+    base["device"] = device.partition(":")[0]
     return [
         {**base, "provider": "naive", **numbers["naive"]},
         {

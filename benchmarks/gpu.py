@@ -117,7 +117,9 @@ def stages_of(run: Run) -> Iterator[Stage]:
         yield f"time-{workload.name}", lambda workload=workload: time_rows(run, workload)
     yield "degree", lambda: degree_rows(run)
     hidden, vocab = workloads.MODEL_SHAPES["llama8b"]
-    for rows in (8192, 32768) if not run.tiny else (24,):
+    # the last is one pair of 65,536 tokens each
+    sizes = (8192, 32768, 131072) if run.long else (8192, 32768)
+    for rows in sizes if not run.tiny else (24,):
         workload = Workload("llama8b", rows, hidden, vocab, trainable=True, peaked=True)
         if run.tiny:
             workload = dataclasses.replace(workloads.TINY, trainable=True)
@@ -253,11 +255,15 @@ def preference_rows(run: Run) -> list[Row]:
 
 
 def degree_rows(run: Run) -> list[Row]:
-    """``degree_loss`` beside the log-probs of the same batch."""
+    """``degree_loss`` beside the log-probs of the same batch, and its forward beside a copy."""
     workload = workloads.TINY if run.tiny else workloads.gpu_grid(long=False)[0]
     runs = bench_degree_loss.make_runs(workload, run.device)
     times = timing.race(runs, rounds=5, warmup_rounds=2, device=run.device)
-    return bench_degree_loss.rows_of(workload, times)
+    rows = bench_degree_loss.rows_of(workload, times, run.device)
+    shape = (96, 16) if run.tiny else (65536, 4096)
+    runs = bench_degree_loss.bandwidth_runs(*shape, workloads.DTYPES[workload.dtype], run.device)
+    times = timing.race(runs, rounds=7, warmup_rounds=2, device=run.device, flush_cache=True)
+    return [*rows, bench_degree_loss.bandwidth_row(*shape, times, run.device)]
 
 
 def pair_rows(run: Run, workload: Workload) -> list[Row]:

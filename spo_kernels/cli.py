@@ -341,9 +341,9 @@ def _aot(arguments: Sequence[str]) -> int:
 def _tune(arguments: Sequence[str]) -> int:
     parser = _Parser(
         prog="spo-kernels tune",
-        description="Measure the two rates of the planner's time model on this device, on a GPU also the "
-        "tiles of its kernels, and print the rows of both tables. Takes minutes; run it on an "
-        "idle machine.",
+        description="Measure the two rates of the planner's time model on this device, on a GPU "
+        "also the tiles of its kernels, and print the rows of both tables. Takes minutes; run it "
+        "on an idle machine.",
     )
     parser.add_argument(
         "--device", metavar="X", help="cpu or cuda; default: the GPU if there is one"

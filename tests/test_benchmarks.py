@@ -12,6 +12,7 @@ import torch
 from benchmarks import (
     accuracy,
     bars,
+    bench_degree_loss,
     bench_linear_preference_loss,
     bench_preference_loss,
     gpu,
@@ -122,6 +123,18 @@ def test_bars_of_linear_preference_loss():
     assert bars.gpu_bars([*rows, quack])[0].ratio == 1.5
     assert found == {"time against Liger": (0.9, True), "memory against Liger": (0.3, False)}
     assert not bars.gpu_bars([{**row, "device": "cpu"} for row in rows])
+
+
+def test_bars_of_degree_loss():
+    times = {"spo": [2.0], "copy": [3.0]}
+    row = bench_degree_loss.bandwidth_row(8, 4, times, "cuda:0")
+    assert row["copy_share"] == 0.75
+    beside = {"kind": "degree", "workload": "w", "provider": "spo", "beside": 1.04}
+    found = [
+        (round(bar.ratio, 4), bar.met)
+        for bar in bars.gpu_bars([row, {**beside, "device": "cuda"}, {**beside, "device": "cpu"}])
+    ]
+    assert found == [(1.3333, True), (1.04, False)]
 
 
 def test_pytest_session_writes_rows(tmp_path):
