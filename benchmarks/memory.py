@@ -3,7 +3,8 @@
 On a CPU the process is started for the one measurement (``python -m benchmarks.memory``): the
 libraries are warmed up at a tiny shape first, then the growth of the resident high-water mark over
 two runs is what the provider needed beyond its inputs. Gradients it returns are counted, for
-everybody alike.
+everybody alike. That growth holds what malloc and the math library keep too, so the planner is held
+against ``live_bytes``: the tensors that a call makes, counted while they live.
 """
 
 import argparse
@@ -13,11 +14,14 @@ import json
 import resource
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import providers
 from benchmarks.workloads import Workload
@@ -55,6 +59,49 @@ def cuda_peak_bytes(run: Callable[[], Any]) -> int:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def live_bytes(run: Callable[[], Any]) -> int:
+    """Return the peak of the tensors that one run makes on a CPU, what it returns included."""
+    with LiveBytes() as live:
+        run()
+    return live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of the storages made inside the mode and still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs or {}))
+            if isinstance(leaf, torch.Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in given | self.seen:
+                    self.count(storage)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
+        key, size = storage._cdata, storage.nbytes()
+        self.seen.add(key)
+        self.now += size
+
+        def gone() -> None:
+            self.seen.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
 
 
 def resident_growth_bytes(step_of: Callable, provider: str, workload: Workload) -> int:

@@ -153,13 +153,13 @@ def _prediction_table(rows: list[Row]) -> str:
         if row.get("planned_ms") is None or row.get("pass") != "forward_backward":
             continue
         times = row["planned_ms"] / row["median_ms"]
-        peak = ""
-        if row.get("workspace_bytes"):
-            peak = f"{row['planned_bytes'] / row['workspace_bytes']:.2f}"
+        # on a CPU the process holds more than the tensors that the plan is about
+        found = row.get("tensor_bytes", row.get("workspace_bytes"))
+        peak = f"{row['planned_bytes'] / found:.2f}" if found else ""
         lines.append(
             f"| {row['workload']} | {row['strategy']} | {_ms(row['planned_ms'])} | "
             f"{_ms(row['median_ms'])} | {times:.2f} | {_mib(row['planned_bytes'])} | "
-            f"{_mib(row.get('workspace_bytes'))} | {peak} | {row.get('load', '')} |"
+            f"{_mib(found)} | {peak} | {row.get('load', '')} |"
         )
     header = (
         "| workload | strategy | planned | measured | ratio | planned | measured | ratio | load |"

@@ -52,6 +52,16 @@ class Sizes:
         return 0 if self.ranks == 1 else (self.N + 4 * rows) * (self.H + self.R) * item
 
 
+def gemm_units(strategy: str, needs: frozenset[str]) -> int:
+    """Return the N x H x V products of forward and backward."""
+    products = ("hidden" in needs) + ("weight" in needs)
+    if strategy == "score":
+        return 1
+    if strategy == "direction":
+        return 1 + ("hidden" in needs)
+    return 1 + products + (strategy == "recompute")
+
+
 def head_slice_columns(vocab_size: int, hidden_size: int, itemsize: int, copied: bool) -> int:
     """Return how many head rows the triton backend hands to a kernel at once."""
     if not copied:
@@ -129,11 +139,12 @@ def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int
     rows, peak = _pick(_chunk_steps(s.N, TORCH_MIN_ROWS, 1024), budget, peak_of)
     passes = max(1, math.ceil(s.N / rows))
     element = s.N * s.V * item
-    moved = passes * s.V * s.H * s.weight_item + 3 * element
+    # every product reads the head and writes it down again in the order it multiplies in
+    moved = 2 * passes * gemm_units(strategy, s.needs) * s.V * s.H * item + 3 * element
     if strategy == "resident":
         moved += 2 * s.N * s.V * min(s.item, item) + 2 * element
     if strategy == "recompute":
-        moved += s.V * s.H * s.weight_item + 4 * element
+        moved += 4 * element
     yield rows, chunk, peak, moved
 
 

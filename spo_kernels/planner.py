@@ -14,7 +14,13 @@ from typing import Literal
 import torch
 
 from spo_kernels._checks import check_choice, fail
-from spo_kernels._plan_models import MIN_VOCAB_STEP, Sizes, torch_candidates, triton_candidates
+from spo_kernels._plan_models import (
+    MIN_VOCAB_STEP,
+    Sizes,
+    gemm_units,
+    torch_candidates,
+    triton_candidates,
+)
 
 Strategy = Literal["score", "direction", "resident", "recompute", "pairwise"]
 # what linear_logprob can run; ``pairwise`` is linear_preference_loss's own
@@ -42,7 +48,7 @@ _DEVICES = {
     "sm_80": DeviceFacts(2.5e14, 1.6e12, 256 * _MIB),
     "sm_90": DeviceFacts(7.85e14, 4.3e12, 256 * _MIB),
     "sm_100": DeviceFacts(1.8e15, 6.5e12, 256 * _MIB),
-    "cpu": DeviceFacts(2.1e11, 1.0e10, 64 * _MIB),
+    "cpu": DeviceFacts(2.4e11, 1.08e10, 64 * _MIB),
 }
 
 
@@ -358,16 +364,6 @@ def forced_strategy(
             f"({', '.join(sorted(needs)) or 'none'}). Use one of {', '.join(allowed)}."
         )
     return (strategy,)
-
-
-def gemm_units(strategy: Strategy, needs: frozenset[str]) -> int:
-    """Return the N x H x V products of forward and backward."""
-    products = ("hidden" in needs) + ("weight" in needs)
-    if strategy == "score":
-        return 1
-    if strategy == "direction":
-        return 1 + ("hidden" in needs)
-    return 1 + products + (strategy == "recompute")
 
 
 def _human(size: int) -> str:

@@ -1,13 +1,11 @@
 """The budget is obeyed: every tensor of a call is counted while it lives, the plan covers it."""
 
 import sys
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import LiveBytes
 from spo_kernels import (
     _linear_settings,
     linear_logprob,
@@ -16,42 +14,6 @@ from spo_kernels import (
     plan_linear_logprob,
     plan_linear_preference_loss,
 )
-
-
-class LiveBytes(TorchDispatchMode):
-    """Peak bytes of the storages made inside the mode and still alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {
-            leaf.untyped_storage()._cdata
-            for leaf in tree_leaves((args, kwargs or {}))
-            if isinstance(leaf, torch.Tensor)
-        }
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in given | self.seen:
-                    self.count(storage)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def count(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        self.seen.add(key)
-        self.now += size
-
-        def gone():
-            self.seen.discard(key)
-            self.now -= size
-
-        weakref.finalize(storage, gone)
-
 
 CASES = [
     ("score", (), {}),
