@@ -92,9 +92,7 @@ def _race(benchmark, record, setting, kind: str, cases: list[tuple[str, Workload
             peak = memory.peak_bytes(provider, case, "cpu", threads=setting.threads)
             row |= {"peak_bytes": peak, "workspace_bytes": max(0, peak - case.gradient_bytes)}
         if provider == "spo":
-            # beyond the gradients and the fp32 log-probs it returns
-            live = memory.live_bytes(runs[provider, case]) - case.gradient_bytes - 4 * case.rows
-            row["tensor_bytes"] = max(0, live)
+            row["tensor_bytes"] = memory.workspace_bytes(runs[provider, case])
         record(**row)
 
 

@@ -4,7 +4,7 @@ On a CPU the process is started for the one measurement (``python -m benchmarks.
 libraries are warmed up at a tiny shape first, then the growth of the resident high-water mark over
 two runs is what the provider needed beyond its inputs. Gradients it returns are counted, for
 everybody alike. That growth holds what malloc and the math library keep too, so the planner is held
-against ``live_bytes``: the tensors that a call makes, counted while they live.
+against ``workspace_bytes``: the tensors that a call makes, counted while they live.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +61,30 @@ def cuda_peak_bytes(run: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def live_bytes(run: Callable[[], Any]) -> int:
-    """Return the peak of the tensors that one run makes on a CPU, what it returns included."""
+def workspace_bytes(run: Callable[[], Any]) -> int:
+    """Return the peak of the tensors one run makes on a CPU beside those that it returns."""
     with LiveBytes() as live:
-        run()
-    return live.peak
+        returned = run()
+    return live.peak(beside=tree_leaves(returned))
 
 
 class LiveBytes(TorchDispatchMode):
-    """Peak bytes of the storages made inside the mode and still alive."""
+    """Storages made inside the mode, from when they are made to when they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.seen: set[int] = set()
+        # (which storage, bytes more or less) in the order it happened
+        self.events: list[tuple[int, int]] = []
+        self.alive: dict[int, int] = {}
+
+    def peak(self, beside: Sequence[torch.Tensor] = ()) -> int:
+        """Return the most bytes alive at once; the storages of ``beside`` do not count."""
+        left_out = {self.alive.get(tensor.untyped_storage()._cdata) for tensor in beside}
+        now = most = 0
+        for storage, change in self.events:
+            now += change if storage not in left_out else 0
+            most = max(most, now)
+        return most
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {
@@ -86,20 +96,18 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()
-                if storage._cdata not in given | self.seen:
-                    self.count(storage)
-        self.peak = max(self.peak, self.now)
+                if storage._cdata not in given and storage._cdata not in self.alive:
+                    self._count(storage)
         return out
 
-    def count(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until it is freed."""
-        key, size = storage._cdata, storage.nbytes()
-        self.seen.add(key)
-        self.now += size
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, number, size = storage._cdata, len(self.events), storage.nbytes()
+        self.alive[key] = number
+        self.events.append((number, size))
 
         def gone() -> None:
-            self.seen.discard(key)
-            self.now -= size
+            self.alive.pop(key, None)
+            self.events.append((number, -size))
 
         weakref.finalize(storage, gone)
 

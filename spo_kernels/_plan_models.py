@@ -12,6 +12,8 @@ from collections.abc import Iterator
 TORCH_VOCAB_CHUNK = 4096
 _TORCH_SLICE_ELEMENTS = 1 << 22
 TORCH_MIN_ROWS = 16
+# row vectors of a chunk: labels, running sums, coefficients
+_TORCH_ROW_BYTES = 256
 # the triton forward finishes a tile in pieces of this many columns, one partial statistic each
 SUB_TILE_V = 32
 # rows of tiles end at a multiple of this many columns: 16 bytes of the compute dtype or more
@@ -35,6 +37,7 @@ class Sizes:
     weight_item: int
     needs: frozenset[str]
     stats: int
+    entropy: bool
     capped: bool
     cast_item: int
     gathered: bool
@@ -97,36 +100,57 @@ def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int
     # by H alone, so that one slice of the head stays at 16 MiB
     chunk = min(TORCH_VOCAB_CHUNK, max(256, _TORCH_SLICE_ELEMENTS // s.H // 256 * 256), s.V)
     tiles = math.ceil(s.V / chunk)
+    is_half, width = s.item < item, s.H + s.R
     # half inputs are upcast a slice at a time, by way of the compute dtype under autocast; the next
     # slice is made while the last one lives
     by_way = s.item if s.weight_item != s.item else 0
-    weight_copy = chunk * (s.H + s.R) * (2 * item + by_way) if s.item < item else 0
-    row_copy = (s.H + s.R) * (2 * item + (s.item if s.cast_item else 0))
-    head_grads = s.needs & {"weight", "lora_b"}
+    # a bias is cast too, and its gradient summed beside itself
+    bias_copy = 3 * chunk * item
+    source = s.cast_item or s.item
+    # rows as they are gathered and cast on the way to what is multiplied
+    on_the_way = source * s.gathered + s.item * (is_half and s.cast_item > 0)
+    is_copied = is_half or s.gathered or s.cast_item > 0
+    head_width = s.H * ("weight" in s.needs) + s.R * ("lora_b" in s.needs) + ("bias" in s.needs)
+    # logits, and exponentials beside them where the logits are still wanted
+    buffers = 1 + (s.capped or s.entropy)
 
-    # logits and exponentials, the softcap's slope, what is about to be kept
-    tile_count = 2 + 2 * s.capped + (strategy == "resident")
+    def row_chunks(rows: int) -> int:
+        return max(1, math.ceil(s.N / rows))
+
+    def copies(rows: int, padded: bool, slices: int) -> int:
+        # the next rows, and the next slice of the head, are made while the last ones live
+        alive = item * min(2, row_chunks(rows)) * (is_copied or padded)
+        peak = rows * width * (alive + on_the_way + item * padded) + bias_copy
+        return peak + chunk * width * (slices * item + by_way) * is_half
 
     def forward(rows: int) -> int:
-        # the tiles, the hidden chunk; the direction's sums, label rows and their product
-        accumulator = 4 * rows * (s.H + s.R) * item if strategy == "direction" else 0
-        hidden = rows * row_copy
-        return tile_count * rows * chunk * item + hidden + weight_copy + accumulator
+        slopes = s.capped and strategy in ("direction", "resident")
+        peak = (buffers + slopes) * rows * chunk * item + _TORCH_ROW_BYTES * rows
+        slices = min(2, tiles * row_chunks(rows))
+        peak += copies(rows, s.N % TORCH_MIN_ROWS > 0, slices)
+        if strategy == "direction":
+            # the sums, then label rows and a product beside them, one slice of the head gone
+            label_rows = rows * width * (2 * item + (s.weight_item + by_way) * is_half)
+            freed = chunk * width * item * (slices - 1) * is_half
+            peak += rows * width * item + max(0, label_rows - freed)
+        return peak
 
     def backward(rows: int) -> int:
-        hidden = rows * row_copy
-        tile = (2 + s.capped) * rows * chunk * item + hidden + weight_copy
-        grad_hidden = s.N * (s.H + s.R) * item if s.needs & {"hidden", "lora_a"} else 0
+        peak = (buffers + s.capped + s.entropy) * rows * chunk * item + _TORCH_ROW_BYTES * rows
+        slices = min(2, tiles)
+        peak += copies(rows, False, slices)
         # a slice of the head's gradients is made while the last one lives
-        head = 2 * chunk * (s.H + s.R) * item if head_grads else 0
-        # row chunks of the hidden states do the same
-        return tile + grad_hidden + head + rows * row_copy
+        peak += slices * chunk * head_width * item
+        if s.needs & {"hidden", "lora_a"}:
+            peak += s.N * width * (item + source * (s.gathered and source < item))
+        return peak
 
-    kept = 64 * s.N
+    # scalars are tensors too
+    kept = 64 * s.N + 1024
     if strategy == "direction":
-        kept += s.N * (s.H + s.R) * item
+        kept += s.N * width * item
     if strategy == "resident":
-        kept += s.N * s.V * min(s.item, item) + 4 * s.N * tiles
+        kept += s.N * s.V * min(s.item, item) + item * s.N * tiles
 
     def peak_of(rows: int) -> int:
         after = 0
@@ -137,7 +161,7 @@ def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int
         return kept + max(forward(rows), s.exchanged_bytes, after)
 
     rows, peak = _pick(_chunk_steps(s.N, TORCH_MIN_ROWS, 1024), budget, peak_of)
-    passes = max(1, math.ceil(s.N / rows))
+    passes = row_chunks(rows)
     element = s.N * s.V * item
     # every product reads the head and writes it down again in the order it multiplies in
     moved = 2 * passes * gemm_units(strategy, s.needs) * s.V * s.H * item + 3 * element

@@ -109,7 +109,9 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
             if cap_slope is not None:
                 e.mul_(cap_slope)
             if exps is not None:
-                exps[part, v0 : v0 + head.width] = (e * _exp_gain(call))[: stop - start]
+                if _exp_gain(call) != 1.0:
+                    e.mul_(_exp_gain(call))
+                exps[part, v0 : v0 + head.width] = e[: stop - start]
                 exp_reference[part, tile_index] = reference[: stop - start]
             if call.strategy == "direction":
                 if sum_w is not None:

@@ -238,6 +238,7 @@ def sizes_of(
         weight_item=(weight_dtype or dtype).itemsize,
         needs=frozenset(needs_grad),
         stats=2 + len({"entropy", "log_sum_sq_probs", "mean_logits"} & set(outputs)),
+        entropy="entropy" in outputs,
         capped=softcap is not None,
         cast_item=0 if hidden_dtype in (None, dtype) else hidden_dtype.itemsize,
         gathered=gathered,

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from logprob_cases import ALL_OUTPUTS, DIFFERENTIABLE, Case, make_case
 from oracle import assert_within_budget
-from test_workspace import LiveBytes
 
+from benchmarks.memory import LiveBytes
 from spo_kernels import linear_logprob
 from spo_kernels.kernels.device import INTERPRET
 
@@ -227,7 +227,7 @@ def stays_in_budget(rank: int, world: int) -> None:
             out = linear_logprob(hidden, weight, labels, budget_bytes=least, **arguments)
             out.logps.sum().backward()
         returned = 4 * H * (N + width * needs_head)
-        assert live.peak <= least + returned + 64 * N, (live.peak, least, needs_head)
+        assert live.peak() <= least + returned + 64 * N, (live.peak(), least, needs_head)
 
 
 def test_errors():
