@@ -19,37 +19,40 @@ BEGIN, END = "<!-- sparse:begin -->", "<!-- sparse:end -->"
 # both gradients have the same
 BAR = bars.ACCURACY_LIMITS["rel_dh"]["bf16"]
 _SHOWN = ("0.1", "0.01", "0.001")
-_PLANS = ("recompute", "resident", "direction")
+# exact plans: their units (products of N x H x V), and those of a sparse backward with that head
+_PLANS = {"recompute": (4, 3), "resident": (3, 3), "direction": (2, 2)}
+# units of a sparse product at f = 1: the promise, 0.25 + 0.85 f of recompute, is 1 + 3.4 f units
+_SPARSE_UNIT = 3.4 / 3
 _COLORS = {
     "unseen text": "#1f5fa8",
     "seen text": "#0b7a43",
     "memorised text": "#c58b3b",
     "peaked random": "#d1495b",
 }
-_STYLES = (":", "--", "-")
 
 
 def predicted_ratios(fraction: float) -> list[float]:
-    """Return GPU time of the sparse forward + backward against our exact plans, as predicted.
-
-    Units are products of N x H x V. The promise of 0.25 + 0.85 f against recompute's 4 units is
-    1 + 3.4 f: each of the three products behind the forward costs 3.4 / 3 f. A frozen head has two.
-    """
-    trainable, frozen = 1 + 3.4 * fraction, 1 + 3.4 * 2 / 3 * fraction
-    return [trainable / 4, trainable / 3, frozen / 2]
+    """Return GPU time of the sparse forward + backward against every plan, as predicted."""
+    return [(1 + products * _SPARSE_UNIT * fraction) / units for units, products in _PLANS.values()]
 
 
-def break_even(units: int, products: int) -> float:
-    """Return the f at which the prediction meets an exact plan of so many units."""
-    return (units - 1) / (3.4 / 3 * products)
+def break_even(plan: str) -> float:
+    """Return the f at which the prediction meets an exact plan."""
+    units, products = _PLANS[plan]
+    return (units - 1) / (products * _SPARSE_UNIT)
 
 
 def publish(readme: Path = results.ROOT / "README.md", folder: Path = FOLDER) -> int:
     """Rewrite the README between the markers and draw the plot; 2 where the markers are missing."""
-    documents = [results.load(path) for path in folder.glob("*.json")]
-    document = max(documents, key=lambda document: document["made"])
+    document = newest(folder)
     draw(document["rows"], folder / "sparse-study.png")
     return 0 if report.write_readme(readme, render(document), BEGIN, END) else 2
+
+
+def newest(folder: Path = FOLDER) -> dict:
+    """Return the newest result file of the study."""
+    documents = [results.load(path) for path in folder.glob("*.json")]
+    return max(documents, key=lambda document: document["made"])
 
 
 def render(document: dict) -> str:
@@ -67,7 +70,7 @@ def render(document: dict) -> str:
             cells.append(f"{found['fraction']:.2f}: {errors}")
         fractions = [at[name]["fraction"] for name in ("bar", "bar, means added")]
         cells.append(_ratios(fractions))
-        cells += [_ratios(predicted_ratios(at[name]["fraction"])) for name in ("bar", "0.01")]
+        cells += [_ratios(predicted_ratios(f)) for f in (min(fractions), at["0.01"]["fraction"])]
         times = ms[workload]
         cells.append(
             _ratios(
@@ -77,8 +80,8 @@ def render(document: dict) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     header = (
-        "| rows | nats | tolerance 1e-1 | 1e-2 | 1e-3 | f at the bar | GPU time there, predicted | "
-        "at 1e-2, predicted | CPU time at 1e-2, measured |"
+        "| rows | nats | tolerance 1e-1 | 1e-2 | 1e-3 | f at the bar | predicted there | "
+        "predicted at 1e-2 | CPU at 1e-2 |"
     )
     rule = "|" + " --- |" * (header.count("|") - 1)
     table = "\n".join([header, rule, *lines])
@@ -104,42 +107,56 @@ def _curve_line(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw grad_hidden's error over f, beside what pays, and the training curves."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    tiles = [row for row in rows if row["kind"] == "tiles" and row["order"] == "frequency"]
-    vocabs = sorted({row["vocab"] for row in tiles})
-    styles = dict(zip(vocabs, _STYLES[-len(vocabs) :], strict=True))
-    for workload in dict.fromkeys(row["workload"] for row in tiles):
-        points = sorted(
-            (row["fraction"], row["rel_dh"], row)
-            for row in tiles
-            if row["workload"] == workload and row["rel_dh"] > 0
+    """Draw grad_hidden's error over f at the largest V, beside what pays, and the DPO losses."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    vocab = max(row["vocab"] for row in rows)
+    for source, color in _COLORS.items():
+        chosen = sorted(
+            (row for row in rows if row.get("order") == "frequency" and row["vocab"] == vocab),
+            key=lambda row: row["fraction"],
         )
-        if points:
-            row = points[0][2]
-            xs, ys = [point[0] for point in points], [point[1] for point in points]
-            style = {"color": _COLORS[row["source"]], "ls": styles[row["vocab"]]}
-            left.plot(xs, ys, marker=".", **style)
-    for color, name in ((color, name) for name, color in _COLORS.items()):
-        left.plot([], [], color=color, label=name)
-    for vocab, style in styles.items():
-        left.plot([], [], color="black", ls=style, label=f"V {vocab:,}")
-    left.axhline(BAR, color="black", lw=1)
-    left.text(0.01, BAR * 0.8, "bf16 accuracy bar", fontsize=8, va="top")
-    for name, f in zip(_PLANS, (break_even(4, 3), break_even(3, 3), break_even(2, 2)), strict=True):
+        found = [row for row in chosen if row["source"] == source and row["rel_dh"] > 0]
+        fractions = [row["fraction"] for row in found]
+        for name, style in (("rel_dh", "-"), ("rel_dh_means", "--")):
+            label = source if name == "rel_dh" else None
+            left.plot(
+                fractions,
+                [row[name] for row in found],
+                style,
+                color=color,
+                marker=".",
+                label=label,
+            )
+    left.plot([], [], "--", color="black", label="tiles' means added")
+    left.axhline(BAR, color="black", lw=1, label="bf16 accuracy bar")
+    for plan in _PLANS:
+        f = break_even(plan)
         left.axvline(f, color="#9aa0a6", lw=1)
-        left.text(f, 0.02, name + " ", fontsize=8, ha="right", transform=left.get_xaxis_transform())
-    left.set(xlim=(0, 1.02), yscale="log", xlabel="f, fraction of tiles kept")
-    left.set_title("error of grad_hidden; it pays left of a plan's line, as predicted", fontsize=10)
-    left.legend(fontsize=8, loc="lower left")
+        left.text(
+            f,
+            0.99,
+            f"faster than \n{plan} ",
+            fontsize=8,
+            ha="right",
+            va="top",
+            transform=left.get_xaxis_transform(),
+        )
+    left.set(
+        xlim=(0.15, 1.02),
+        ylim=(1e-4, 2),
+        yscale="log",
+        xlabel="f, fraction of tiles kept",
+    )
+    left.set_title(f"error of grad_hidden, V {vocab:,}; left of a line: faster, as predicted")
     for row in rows:
         if row["kind"] == "curve":
             name = "exact" if row["pass"] == "0" else f"tolerance {row['pass']}"
             right.plot(row["losses"], lw=1, label=name)
-    right.set(xlabel="step")
-    right.set_title("DPO loss", fontsize=10)
-    right.legend(fontsize=8)
-    for axis in (left, right):
+    right.set(yscale="log", xlabel="step")
+    right.set_title(f"DPO loss, V {vocab:,}")
+    for axis, place in ((left, "lower left"), (right, "upper right")):
+        axis.legend(fontsize=8, loc=place)
+        axis.title.set_fontsize(10)
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
