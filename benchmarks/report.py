@@ -105,14 +105,14 @@ def render(documents: list[dict]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def write_readme(path: Path, text: str) -> bool:
+def write_readme(path: Path, text: str, begin: str = BEGIN, end: str = END) -> bool:
     """Replace what stands between the markers; False where the file has none."""
     whole = path.read_text() if path.exists() else ""
-    before, begin, rest = whole.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
+    before, found, rest = whole.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
         return False
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
     return True
 
 
@@ -168,13 +168,15 @@ def _prediction_table(rows: list[Row]) -> str:
 
 
 def _promise_table(documents: list[dict]) -> str:
-    """Return a line for every promise about a GPU: the worst ratio, or that it is unmeasured."""
+    """Return a line for every promise about a GPU: the worst ratio, unmeasured, or left out."""
     found = [bar for document in documents for bar in bars_of.gpu_bars(document["rows"])]
     lines = []
     for promise, limit, what in bars_of.GPU_PROMISES:
-        mine = [bar for bar in found if bar.what.startswith(what)]
+        mine = [bar for bar in found if what and bar.what.startswith(what)]
         worst = max(mine, key=lambda bar: bar.ratio - bar.limit, default=None)
-        measured = "unmeasured" if worst is None else f"{_ratio(worst.ratio)} ({worst.case})"
+        measured = "unmeasured" if what else "left out"
+        if worst is not None:
+            measured = f"{_ratio(worst.ratio)} ({worst.case})"
         lines.append(f"| {promise} | {limit} | {measured} |")
     return _titled("Bars on a GPU, the worst case of each", _table("| bar | limit | |", lines))
 

@@ -217,7 +217,7 @@ def test_report(gpu_results, tmp_path, capsys):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| tiny fp32 random | 24 x 16 x 300 | frozen | spo (direction, 2 units) |" in text
-    assert "bounded sparse backward, time against TRL | 0.25 + 0.85 f | unmeasured |" in text
+    assert "bounded sparse backward, time against TRL | 0.25 + 0.85 f | left out |" in text
     assert "host syncs" in text and "`python -m benchmarks.gpu --tiny`" in text
     assert "against 2 bare GEMMs" in capsys.readouterr().out
     assert (gpu_results.parent / "strategies.png").stat().st_size > 10_000
