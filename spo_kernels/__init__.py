@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UnpairedPreferenceLossOutput,
         unpaired_preference_loss,
     )
+    from spo_kernels.warmup import warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "shorten",
     "smart_stop_words",
     "unpaired_preference_loss",
+    "warmup",
 ]
 
 # public name -> module, imported on first use: `spo-kernels --help` must not wait for torch
@@ -91,6 +93,7 @@ _MODULE_OF = {
     "removal_level": "key_content",
     "shorten": "key_content",
     "smart_stop_words": "key_content",
+    "warmup": "warmup",
 }
 
 

@@ -62,6 +62,7 @@ LAYERS = {
         "listwise_preference_loss",
         "preference_loss",
         "unpaired_preference_loss",
+        "warmup",
     },
     4: {"", "collator", "tune"},
     5: {"cli"},
