@@ -13,9 +13,9 @@ def warmup(step: Callable[[], object], *, rounds: int = 3) -> None:
     """Run a step until ``torch.cuda.graph`` can capture it.
 
     The step runs eagerly on a side stream, which makes what is made once (cuBLAS's workspaces, for
-    one), and is then captured into a graph that is thrown away. A captured step reads nothing on the
-    host, so without ``scored_rows`` it scores every row, with kernels that an eager one need not
-    have used; they are compiled and loaded in that capture, which allows it
+    one), and is then captured into a graph that is thrown away. A captured step reads nothing on
+    the host, so without ``scored_rows`` it scores every row, with kernels that an eager one need
+    not have used; they are compiled and loaded in that capture, which allows it
     (``capture_error_mode="relaxed"``), and not in yours, which would fail. On a machine without a
     GPU there is nothing to capture: the step runs once.
 
