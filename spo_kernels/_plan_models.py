@@ -110,7 +110,9 @@ def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int
     # rows as they are gathered and cast on the way to what is multiplied
     on_the_way = source * s.gathered + s.item * (is_half and s.cast_item > 0)
     is_copied = is_half or s.gathered or s.cast_item > 0
-    head_width = s.H * ("weight" in s.needs) + s.R * ("lora_b" in s.needs) + ("bias" in s.needs)
+    # gradients of the head that are no fp32 are summed a slice at a time
+    head_width = s.H * ("weight" in s.needs and s.weight_item < item)
+    head_width += s.R * ("lora_b" in s.needs) + ("bias" in s.needs)
     # logits, and exponentials beside them where the logits are still wanted
     buffers = 1 + (s.capped or s.entropy)
 
@@ -142,7 +144,9 @@ def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int
         # a slice of the head's gradients is made while the last one lives
         peak += slices * chunk * head_width * item
         if s.needs & {"hidden", "lora_a"}:
-            peak += s.N * width * (item + source * (s.gathered and source < item))
+            # summed where they are returned if no row was dropped and nothing is cast
+            summed = width if s.gathered or source < item else s.R
+            peak += s.N * summed * (item + source * (s.gathered and source < item))
         return peak
 
     # scalars are tensors too

@@ -193,17 +193,25 @@ def backward(
     # behind a softcap the kept exponential holds its slope too, but the logit is lost
     needs_logits = grads.entropy is not None or grads.mean_logits is not None
     use_kept = kept.exps is not None and not (capped and needs_logits)
-    sums = {
-        name: into[name]
-        if name in into
-        else torch.zeros(N, tensor.shape[-1], dtype=acc, device=device)
-        for name, tensor in (("hidden", inputs.hidden), ("lora_a", inputs.lora_a))
-        if name in need
-    }
     out = {
         name: torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         for name, tensor in zip(Inputs._fields[:5], inputs[:5], strict=True)
         if name in need and name not in into
+    }
+    # a gradient of the products' dtype is summed where it is returned
+    direct = {name: value for name, value in out.items() if value.dtype == acc}
+    sums = {}
+    for name in ("hidden", "lora_a"):
+        if name in into:
+            sums[name] = into[name]
+        elif name in direct and rows.index is None:
+            sums[name] = rows.take_all(direct[name])
+        elif name in need:
+            sums[name] = torch.zeros(N, out[name].shape[-1], dtype=acc, device=device)
+    heads = {
+        name: into.get(name, direct.get(name))
+        for name in ("weight", "bias", "lora_b")
+        if name in need
     }
     vectors = row_coefficients(call, kept, grads, V)
     buffers = _Buffers(call, rows, chunk, acc, device)
@@ -211,11 +219,10 @@ def backward(
         head = _HeadSlice(call, inputs, v0, min(v0 + chunk, V), acc)
         v1 = v0 + head.width
         slices = {
-            name: into[name][v0:v1]
-            if name in into
-            else torch.zeros(head.width, *out[name].shape[1:], dtype=acc, device=device)
-            for name in ("weight", "bias", "lora_b")
-            if name in need
+            name: torch.zeros(head.width, *out[name].shape[1:], dtype=acc, device=device)
+            if total is None
+            else total[v0:v1]
+            for name, total in heads.items()
         }
         for start in range(0, N, call.row_chunk):
             stop = min(start + call.row_chunk, N)
@@ -243,10 +250,10 @@ def backward(
             if "bias" in slices:
                 slices["bias"] += grad.sum(0)
         for name, value in slices.items():
-            if name in out:
+            if heads[name] is None:
                 out[name][v0:v1] = value
     for name, value in sums.items():
-        if name in out:
+        if name in out and not (name in direct and rows.index is None):
             rows.put(out[name], 0, N, value)
     return out
 
