@@ -72,19 +72,19 @@ def loss_in_graph(
     )
     def forward_op(*arguments: Any) -> list[torch.Tensor]:
         inputs, call = arguments[:count], _unpacked(call_type, *arguments[count:])
-        # a result that is None is a scalar here
-        return _owned(
-            inputs[0].new_zeros(()) if value is None else value for value in forward(call, *inputs)
-        )
+        return _owned(value for value in forward(call, *inputs) if value is not None)
+
+    def results_like(arguments: tuple) -> Sequence[Like | None]:
+        # sizes and dtypes depend on no number
+        numbers = [0.0] * _numbers_of(*arguments[count:])
+        return like(call_type.unpacked(arguments[count], numbers), *arguments[:count])
 
     @forward_op.register_fake
     def _(*arguments):
-        inputs = arguments[:count]
-        # sizes and dtypes depend on no number
-        call = call_type.unpacked(arguments[count], [0.0] * _numbers_of(*arguments[count:]))
         return [
-            inputs[0].new_empty(()) if want is None else inputs[0].new_empty(want[0], dtype=want[1])
-            for want in like(call, *inputs)
+            arguments[0].new_empty(want.shape, dtype=want.dtype)
+            for want in results_like(arguments)
+            if want is not None
         ]
 
     @functools.partial(
@@ -95,9 +95,8 @@ def loss_in_graph(
         " -> Tensor[]",
     )
     def backward_op(grad_losses, saved, sizes, forms, needs, *packed) -> list[torch.Tensor]:
-        kept = [value if value is None or value.dim() else None for value in saved]
         grads = backward(
-            _unpacked(call_type, *packed), grad_losses, kept, _likes_of(sizes, forms), needs
+            _unpacked(call_type, *packed), grad_losses, saved, _likes_of(sizes, forms), needs
         )
         return _owned(grad for grad, needed in zip(grads, needs, strict=True) if needed)
 
@@ -114,7 +113,9 @@ def loss_in_graph(
         *packed, traced = inputs[count:]
         ctx.packed = packed
         ctx.likes = _packed_likes(inputs[:differentiable])
-        ctx.save_for_backward(traced, *(inputs[i] for i in places), *output[outputs:])
+        found = iter(output[outputs:])
+        kept = [None if want is None else next(found) for want in results_like(inputs)[outputs:]]
+        ctx.save_for_backward(traced, *(inputs[i] for i in places), *kept)
 
     def run_backward(ctx: Any, grads: list[torch.Tensor | None]):
         needs = list(ctx.needs_input_grad[:differentiable])

@@ -127,7 +127,7 @@ class _BradleyTerryLossFunction(torch.autograd.Function):
         refuse_double_backward(_OP)
         if grad_losses is None:
             return None, None, None, None
-        needs = ctx.needs_input_grad[:2]
+        needs = ctx.needs_input_grad
         return *_backward(ctx.call, grad_losses, ctx.saved_tensors, ctx.likes, needs), None, None
 
 
@@ -154,11 +154,11 @@ def _backward(
     saved: Sequence[torch.Tensor],
     likes: Sequence[Like],
     needs: Sequence[bool],
-) -> list[torch.Tensor | None]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the gradients of chosen and rejected."""
     (grads,) = saved
-    found = (grads * grad_losses).to(likes[0].dtype)
-    return [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
+    grad_chosen, grad_rejected = (grads * grad_losses).to(likes[0].dtype)
+    return grad_chosen if needs[0] else None, grad_rejected if needs[1] else None
 
 
 _in_graph = loss_in_graph(

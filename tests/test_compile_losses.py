@@ -109,7 +109,7 @@ def test_opcheck_kernels(case, backend):
 
 def degree(x, y, beta, backend):
     levels = (x.detach() * 2).round().clamp(-1, 2).to(torch.int8).flatten()
-    offsets = torch.arange(x.shape[0] + 1) * x.shape[1]
+    offsets = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
     hidden = x.flatten()[:, None] * y[0, :4]
     return degree_loss(hidden, levels, offsets, y[:K, :4] * beta, backend=backend)
 
@@ -122,7 +122,7 @@ def bradley_terry(x, y, beta, backend):
 
 def preference(x, y, beta, backend):
     lengths = (y[:, 0] * 4).abs().int()
-    offsets = torch.arange(x.shape[0] + 1) * x.shape[1]
+    offsets = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
     return preference_loss(
         x,
         y,
@@ -147,7 +147,7 @@ def unpaired(x, y, beta, backend):
 
 
 def packed_unpaired(x, y, beta, backend):
-    offsets = torch.arange(x.shape[0]) * x.shape[1]
+    offsets = torch.arange(x.shape[0], device=x.device) * x.shape[1]
     good, samples = y[1:, 0] > 0, {"kl_logps": y[0], "ref_kl_logps": y[1]}
     return unpaired_preference_loss(
         x, y[1:, 0], good, beta=beta, segment_offsets=offsets, backend=backend, **samples
@@ -181,8 +181,6 @@ def assert_same(found, wanted):
 def test_losses(loss, backend):
     """One node, the bits of an eager call, and no graph for another number of rows or beta."""
     name, device = backend
-    if device == "cuda":
-        pytest.skip("the same on both CPU backends")
     found = []
 
     def counting(module, inputs):
@@ -196,7 +194,7 @@ def test_losses(loss, backend):
     # sizes and numbers are constants of the first graph, and symbols of the second
     traced = compiled(step, dynamic=None, backend=counting)
     for rows, beta in ((4, 0.1), (5, 0.25), (9, 0.7), (6, 0.3)):
-        arguments = randn(rows, 5), randn(rows, 6)[:, 1:], beta
+        arguments = randn(rows, 5, device=device), randn(rows, 6, device=device)[:, 1:], beta
         assert_same(results(traced, *arguments), results(step, *arguments))
     # the torch backend is traced, except where its loop would make a graph for each row count
     assert found == [int(loss is degree or name == "triton")] * 2
@@ -208,7 +206,7 @@ def preferences(x, y, beta, backend, **settings):
     third = settings.pop("third", False)
     return linear_preference_loss(
         x[..., None] * y[0, 0],
-        y.new_ones(V, 1) * torch.arange(V)[:, None] / V,
+        torch.arange(V, device=x.device)[:, None] / V,
         labels,
         None if third else y * 0.5,
         response_labels=labels[: len(labels) // 2].clone() if third else None,
@@ -221,26 +219,25 @@ def preferences(x, y, beta, backend, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"least": -9.0},
-        {"least": -9.0, "strategy": "recompute", "loss_type": ["cpo", "nll"], "third": True},
         {"least": -0.3, "loss_type": ["sigmoid", "sft"]},
+        {"least": -9.0, "strategy": "recompute", "loss_type": ["cpo", "nll"], "third": True},
+        {"least": -9.0, "strategy": "resident", "budget_bytes": 1 << 20},
     ],
-    ids=["auto", "third", "ignored"],
+    ids=["ignored", "third", "budget"],
 )
 def test_linear_preference_loss(settings, backend):
     """One graph, the bits of an eager call of the same strategy, ignored rows to rounding."""
     name, device = backend
-    if device == "cuda":
-        pytest.skip("the same on both CPU backends")
 
     def step(x, y, beta):
         return preferences(x, y, beta, name, **settings)
 
     traced = compiled(step, dynamic=True)
     for pairs, beta in ((2, 0.1), (3, 0.3)):
-        arguments = randn(2 * pairs, 5), randn(2 * pairs, 6)[:, 1:], beta
+        x, y = (randn(2 * pairs, n, device=device) for n in (5, 6))
+        arguments = x, y[:, 1:], beta
         found, wanted = results(traced, *arguments), results(step, *arguments)
-        if settings["least"] == -9.0:
+        if "strategy" in settings:
             assert_same(found, wanted)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
