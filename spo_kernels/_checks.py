@@ -36,6 +36,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """Return fp64 if a tensor is fp64, else fp32."""
+    is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
 def check_tensor(op: str, argument: str, value: Any) -> None:
     """Require a ``torch.Tensor``."""
     if not isinstance(value, torch.Tensor):
@@ -164,25 +170,15 @@ def triton_interpreter_on() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def resolve_backend(
-    op: str, backend: str, tensor: torch.Tensor, *, is_custom_op: bool = False
-) -> str:
+def resolve_backend(op: str, backend: str, tensor: torch.Tensor) -> str:
     """Return ``"triton"`` or ``"torch"``.
 
     ``"auto"``: Triton for a CUDA tensor on compute capability >= 8.0 where triton is installed, the
-    torch backend everywhere else. An explicit backend that cannot run raises. Under torch.compile
-    an op that is no custom op is traced whole, which the torch backend alone can be.
+    torch backend everywhere else. An explicit backend that cannot run raises.
     """
     check_choice(op, "backend", backend, ("auto", "torch", "triton"))
     if backend == "torch":
         return "torch"
-    if torch.compiler.is_compiling() and not is_custom_op:
-        if backend == "auto":
-            return "torch"
-        raise NotImplementedError(
-            f"{op}: backend must be 'torch' or 'auto' under torch.compile, got 'triton'. The graph "
-            "holds the torch backend's operations, which its compiler fuses."
-        )
     on_gpu = tensor.device.type == "cuda" and torch.version.cuda is not None
     if backend == "auto" and not on_gpu:
         return "torch"

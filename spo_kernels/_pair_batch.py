@@ -37,15 +37,11 @@ def count_batch(
 ) -> PairBatch:
     """Count rows and tokens in the one host read of the call; refuses labels outside [0, V)."""
     P = labels.shape[0] // blocks
-    counted = labels != ignore_index
-    token_counts = counted.sum(1).view(blocks, P)
-    scored, given = counted, labels
+    token_counts = (labels != ignore_index).sum(1).view(blocks, P)
+    given, labels = labels, merged_labels(labels, response_labels, ignore_index)
+    scored = labels != ignore_index
     if response_labels is not None:
-        # one scoring of the chosen rows serves both sets of labels
-        labels, response_labels = labels.long(), response_labels.long()
-        given = torch.cat([labels, response_labels])
-        labels = torch.cat([torch.where(counted[:P], labels[:P], response_labels), labels[P:]])
-        scored = labels != ignore_index
+        given = torch.cat([given.long(), response_labels.long()])
         response_counts = (response_labels != ignore_index).sum(1)
         token_counts = torch.cat([token_counts, response_counts[None]])
     row_counts = scored.sum(1).view(blocks, P)
@@ -54,6 +50,16 @@ def count_batch(
     rows, tokens = counts[: blocks * P], counts[blocks * P :]
     pair_rows, pair_tokens = ([tuple(host[p::P]) for p in range(P)] for host in (rows, tokens))
     return PairBatch(labels, scored, row_counts, token_counts, pair_rows, pair_tokens)
+
+
+def merged_labels(
+    labels: torch.Tensor, response_labels: torch.Tensor | None, ignore_index: int
+) -> torch.Tensor:
+    """Return the labels to score: one scoring of the chosen rows serves both sets."""
+    if response_labels is None:
+        return labels
+    chosen, rejected = labels.long().tensor_split([response_labels.shape[0]])
+    return torch.cat([chosen.where(chosen != ignore_index, response_labels.long()), rejected])
 
 
 def check_batch(

@@ -1,11 +1,12 @@
 """What one ``preference_loss`` call hands to a backend and gets back."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from spo_kernels.loss_table import LossType, Parameters
+from spo_kernels.loss_table import LossType, Parameters, loss_type_of
 
 # rows of ``Scored.grads``: through the scores of both sides, through their plain log-probs, and
 # through the third response
@@ -75,6 +76,26 @@ class PairCall:
     @property
     def is_batch(self) -> bool:
         return any(loss.batch for loss in self.losses)
+
+    def packed(self) -> tuple[list[str], list[float]]:
+        tails = "all tokens" if self.ld_alpha is None else "ld_alpha"
+        numbers = [self.divergence_power, 1.0 if self.ld_alpha is None else self.ld_alpha]
+        words = [self.backend, self.divergence, tails, *(loss.name for loss in self.losses)]
+        return words, [*numbers, *self.weights, *self.parameters]
+
+    @classmethod
+    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "PairCall":
+        backend, divergence, tails, *names = words
+        power, ld_alpha, *others = numbers
+        return cls(
+            backend=backend,
+            losses=tuple(loss_type_of(name) for name in names),
+            weights=tuple(others[: len(names)]),
+            parameters=Parameters(*others[len(names) :]),
+            divergence=divergence,
+            divergence_power=power,
+            ld_alpha=ld_alpha if tails == "ld_alpha" else None,
+        )
 
 
 class Scored(NamedTuple):

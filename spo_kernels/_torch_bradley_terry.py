@@ -5,6 +5,8 @@ fp32 arithmetic, fp64 where an input is fp64. Nothing is read back to the host.
 
 import torch
 
+from spo_kernels._checks import compute_dtype
+
 
 def bradley_terry_loss_fwd(
     chosen: torch.Tensor,
@@ -14,9 +16,7 @@ def bradley_terry_loss_fwd(
     center: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (losses [P], grads [2, P], is_correct [P]). Inputs are checked, 1-D, of one length."""
-    given = (chosen,) if margins is None else (chosen, margins)
-    is_double = any(tensor.dtype == torch.float64 for tensor in given)
-    dtype = torch.float64 if is_double else torch.float32
+    dtype = compute_dtype(chosen, margins)
     c, r = chosen.to(dtype), rejected.to(dtype)
     x = c - r if margins is None else c - r - margins.to(dtype)
     losses = -torch.nn.functional.logsigmoid(x)

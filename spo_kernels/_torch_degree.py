@@ -6,6 +6,8 @@ segments or views.
 
 import torch
 
+from spo_kernels._checks import compute_dtype
+
 # rows of half-precision hidden states widened at a time, few enough to stay in a cache
 _ROW_CHUNK = 512
 
@@ -119,9 +121,3 @@ def _views(counts: torch.Tensor, center_views: bool) -> tuple[torch.Tensor, torc
         matrix = matrix - matrix.sum(1, keepdim=True) / counted_views
         matrix = matrix.masked_fill(~view_mask[:, :, None], 0.0)
     return matrix, view_mask
-
-
-def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """Return fp64 if a tensor is fp64, else fp32."""
-    is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if is_double else torch.float32

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from spo_kernels._checks import compute_dtype
 from spo_kernels.loss_table import ListwiseParameters
 
 SINKHORN_ITERATIONS = 50
@@ -209,9 +210,7 @@ def listwise_preference_loss_fwd(
     parameters: ListwiseParameters,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (losses [B], grads [B, K], rewards [B, K], counted [B]). Inputs are checked."""
-    given = [t for t in (logps, ref_logps, labels) if t is not None]
-    is_double = any(t.dtype == torch.float64 for t in given)
-    dtype = torch.float64 if is_double else torch.float32
+    dtype = compute_dtype(logps, ref_logps, labels)
     is_there = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
     score, psi = logps.to(dtype), labels.to(dtype)
     if ref_logps is not None:

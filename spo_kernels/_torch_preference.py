@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from spo_kernels import _torch_preference_terms as terms
+from spo_kernels._checks import compute_dtype
 from spo_kernels._pairs import GRAD_ROWS, Form, PairCall, PairData, Scored, Side
-from spo_kernels._torch_degree import compute_dtype
 from spo_kernels.loss_table import FIRST_POLICY_ID, FIRST_RESPONSE_ID
 
 # integers that hold a float's bits, by its bytes

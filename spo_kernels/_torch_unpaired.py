@@ -7,6 +7,7 @@ responses.
 import torch
 import torch.nn.functional as F
 
+from spo_kernels._checks import compute_dtype
 from spo_kernels.loss_table import UnpairedParameters
 
 
@@ -24,8 +25,7 @@ def unpaired_preference_loss_fwd(
     parameters: UnpairedParameters,
 ) -> tuple[torch.Tensor, ...]:
     """Return (losses [S], grads [S], rewards [S], sums [S], baselines [2]). Inputs are checked."""
-    is_double = any(t is not None and t.dtype == torch.float64 for t in (logps, ref_logps))
-    dtype = torch.float64 if is_double else torch.float32
+    dtype = compute_dtype(logps, ref_logps)
     logps = logps.to(dtype)
     sums = _sums(logps, segment_offsets)
     if ref_logps is None:

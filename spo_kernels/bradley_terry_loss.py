@@ -1,6 +1,7 @@
 """Public ``bradley_terry_loss``: the pairwise loss of a reward model, with its gradient."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from spo_kernels._checks import (
     refuse_fp64_on_triton,
     resolve_backend,
 )
+from spo_kernels._loss_graph import Like, loss_in_graph
 from spo_kernels.loss_table import Parameter
 
 _OP = "bradley_terry_loss"
@@ -50,7 +52,9 @@ def bradley_terry_loss(
 
     Loss and gradient come from one kernel launch and the backward is one multiply; all arithmetic
     is fp32 (fp64 for fp64 inputs), so half-precision rewards lose nothing in their difference.
-    Nothing is read back to the host, and results are bit-for-bit repeatable.
+    Nothing is read back to the host, and results are bit-for-bit repeatable. Under
+    ``torch.compile`` the kernel is one node of the graph, with the bits of an eager call; the torch
+    backend is traced and fused.
 
     Args:
         chosen_rewards: ``[P]``, or ``[P, 1]`` as a head with one output returns it,
@@ -82,6 +86,8 @@ def bradley_terry_loss(
     refuse_fp64_on_triton(_OP, backend, {**rewards, "margins": margins})
     call = _Call(backend=backend, center=center)
     flat = (tensor.squeeze(-1) if tensor.dim() == 2 else tensor for tensor in rewards.values())
+    if backend == "triton" and torch.compiler.is_compiling():
+        return BradleyTerryLossOutput(*_in_graph(call, *flat, margins))
     return BradleyTerryLossOutput(*_BradleyTerryLossFunction.apply(*flat, margins, call))
 
 
@@ -91,6 +97,13 @@ class _Call:
 
     backend: str
     center: float
+
+    def packed(self) -> tuple[list[str], list[float]]:
+        return [self.backend], [self.center]
+
+    @classmethod
+    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "_Call":
+        return cls(*words, *numbers)
 
 
 class _BradleyTerryLossFunction(torch.autograd.Function):
@@ -103,12 +116,10 @@ class _BradleyTerryLossFunction(torch.autograd.Function):
         call: _Call,
     ):
         ctx.set_materialize_grads(False)
-        losses, grads, is_correct = _backend(call.backend).bradley_terry_loss_fwd(
-            chosen, rejected, margins, center=call.center
-        )
+        losses, is_correct, grads = _forward(call, chosen, rejected, margins)
         ctx.mark_non_differentiable(is_correct)
         ctx.save_for_backward(grads)
-        ctx.dtype = chosen.dtype
+        ctx.call, ctx.likes = call, (Like(chosen.shape, chosen.dtype),) * 2
         return losses, is_correct
 
     @staticmethod
@@ -116,15 +127,51 @@ class _BradleyTerryLossFunction(torch.autograd.Function):
         refuse_double_backward(_OP)
         if grad_losses is None:
             return None, None, None, None
-        (grads,) = ctx.saved_tensors
-        grad_chosen, grad_rejected = (grads * grad_losses).to(ctx.dtype)
-        needs_chosen, needs_rejected = ctx.needs_input_grad[:2]
-        return (
-            grad_chosen if needs_chosen else None,
-            grad_rejected if needs_rejected else None,
-            None,
-            None,
-        )
+        needs = ctx.needs_input_grad
+        return *_backward(ctx.call, grad_losses, ctx.saved_tensors, ctx.likes, needs), None, None
+
+
+def _forward(
+    call: _Call, chosen: torch.Tensor, rejected: torch.Tensor, margins: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the outputs, then grads [2, P]."""
+    losses, grads, is_correct = _backend(call.backend).bradley_terry_loss_fwd(
+        chosen, rejected, margins, center=call.center
+    )
+    return losses, is_correct, grads
+
+
+def _like(
+    call: _Call, chosen: torch.Tensor, rejected: torch.Tensor, margins: torch.Tensor | None
+) -> tuple[Like, Like, Like]:
+    P = chosen.shape[0]
+    return Like((P,)), Like((P,), torch.bool), Like((2, P))
+
+
+def _backward(
+    call: _Call,
+    grad_losses: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    likes: Sequence[Like],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of chosen and rejected."""
+    (grads,) = saved
+    grad_chosen, grad_rejected = (grads * grad_losses).to(likes[0].dtype)
+    return grad_chosen if needs[0] else None, grad_rejected if needs[1] else None
+
+
+_in_graph = loss_in_graph(
+    _OP,
+    "chosen, rejected, margins?",
+    call_type=_Call,
+    differentiable=2,
+    outputs=2,
+    saved=(),
+    forward=_forward,
+    like=_like,
+    backward=_backward,
+)
 
 
 def _backend(name: str):

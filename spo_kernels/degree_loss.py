@@ -1,7 +1,7 @@
 """Public ``degree_loss``: SPO's self-supervised preference-degree loss and its exact gradients."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +13,13 @@ from spo_kernels._checks import (
     check_same_device,
     check_shape,
     check_tensor,
+    compute_dtype,
     fail,
     refuse_double_backward,
     refuse_fp64_on_triton,
     resolve_backend,
 )
+from spo_kernels._loss_graph import Like, loss_in_graph
 
 _OP = "degree_loss"
 _MAX_DEGREES = 16
@@ -54,7 +56,8 @@ def degree_loss(
     once, into per-level sums ``[S, K, H]``, of which the views are running sums; no ``[N, K, H]``
     is formed. All arithmetic is fp32 (fp64 for fp64 inputs), nothing is read back to the host, and
     results are bit-for-bit repeatable (torch backend on a GPU: under
-    ``torch.use_deterministic_algorithms``).
+    ``torch.use_deterministic_algorithms``). Under ``torch.compile`` the op is one node of the
+    graph, with the bits of an eager call.
 
     Args:
         hidden: ``[N, H]`` bf16/fp16/fp32 (fp64 on the torch backend), any row stride, last axis
@@ -80,11 +83,10 @@ def degree_loss(
     backend = resolve_backend(_OP, backend, hidden)
     refuse_fp64_on_triton(_OP, backend, {"hidden": hidden, "head_weight": head_weight})
     call = _Call(backend=backend, center_views=center_views)
-    return DegreeLossOutput(
-        *_DegreeLossFunction.apply(
-            hidden, head_weight, head_bias, removal_levels, segment_offsets, call
-        )
-    )
+    tensors = (hidden, head_weight, head_bias, removal_levels, segment_offsets)
+    if torch.compiler.is_compiling():
+        return DegreeLossOutput(*_in_graph(call, *tensors))
+    return DegreeLossOutput(*_DegreeLossFunction.apply(*tensors, call))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,13 @@ class _Call:
 
     backend: str
     center_views: bool
+
+    def packed(self) -> tuple[list[str], list[float]]:
+        return [self.backend, "centered" if self.center_views else "plain"], []
+
+    @classmethod
+    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "_Call":
+        return cls(backend=words[0], center_views=words[1] == "centered")
 
 
 class _DegreeLossFunction(torch.autograd.Function):
@@ -107,19 +116,16 @@ class _DegreeLossFunction(torch.autograd.Function):
         call: _Call,
     ):
         ctx.set_materialize_grads(False)
-        # autocast would round the products
-        with torch.autocast(hidden.device.type, enabled=False):
-            *outputs, level_grad, head_grad = _backend(call.backend).fwd(
-                hidden,
-                levels,
-                segment_offsets,
-                head_weight,
-                head_bias,
-                center_views=call.center_views,
-            )
+        *outputs, level_grad, head_grad = _forward(
+            call, hidden, head_weight, head_bias, levels, segment_offsets
+        )
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_backward(levels, segment_offsets, level_grad, head_grad)
-        ctx.call, ctx.hidden_dtype, ctx.head_dtype = call, hidden.dtype, head_weight.dtype
+        ctx.call = call
+        ctx.likes = [
+            None if tensor is None else Like(tensor.shape, tensor.dtype)
+            for tensor in (hidden, head_weight, head_bias)
+        ]
         return tuple(outputs)
 
     @staticmethod
@@ -127,20 +133,81 @@ class _DegreeLossFunction(torch.autograd.Function):
         refuse_double_backward(_OP)
         if grad_losses is None:
             return (None,) * 6
-        levels, segment_offsets, level_grad, head_grad = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        backend = _backend(ctx.call.backend)
-        grad_hidden = grad_weight = grad_bias = None
-        if needs_hidden:
-            grad_hidden = backend.bwd_hidden(
-                levels, segment_offsets, level_grad, grad_losses, dtype=ctx.hidden_dtype
-            )
-        if needs_weight or needs_bias:
-            _, K, H = level_grad.shape
-            grad_head = backend.bwd_head(head_grad, grad_losses, dtype=ctx.head_dtype)
-            grad_weight = grad_head[: K * H].view(K, H) if needs_weight else None
-            grad_bias = grad_head[K * H :] if needs_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        needs = ctx.needs_input_grad[:3]
+        grads = _backward(ctx.call, grad_losses, ctx.saved_tensors, ctx.likes, needs)
+        return *grads, None, None, None
+
+
+def _forward(
+    call: _Call,
+    hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    head_bias: torch.Tensor | None,
+    levels: torch.Tensor,
+    segment_offsets: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Return the outputs, then level_grad [S, K, H] and head_grad [S, K * H + K]."""
+    # autocast would round the products
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _backend(call.backend).fwd(
+            hidden,
+            levels,
+            segment_offsets,
+            head_weight,
+            head_bias,
+            center_views=call.center_views,
+        )
+
+
+def _like(
+    call: _Call,
+    hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    head_bias: torch.Tensor | None,
+    levels: torch.Tensor,
+    segment_offsets: torch.Tensor,
+) -> list[Like]:
+    S, (K, H) = segment_offsets.shape[0] - 1, head_weight.shape
+    dtype = compute_dtype(hidden, head_weight)
+    views = [Like((S,), torch.int32), Like((S,), torch.int32), Like((S, K), torch.bool)]
+    return [Like((S,), dtype), *views, Like((S, K, H), dtype), Like((S, K * H + K), dtype)]
+
+
+def _backward(
+    call: _Call,
+    grad_losses: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    likes: Sequence[Like | None],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of hidden, head_weight and head_bias."""
+    levels, segment_offsets, level_grad, head_grad = saved
+    needs_hidden, needs_weight, needs_bias = needs
+    backend = _backend(call.backend)
+    grad_hidden = grad_weight = grad_bias = None
+    if needs_hidden:
+        grad_hidden = backend.bwd_hidden(
+            levels, segment_offsets, level_grad, grad_losses, dtype=likes[0].dtype
+        )
+    if needs_weight or needs_bias:
+        _, K, H = level_grad.shape
+        grad_head = backend.bwd_head(head_grad, grad_losses, dtype=likes[1].dtype)
+        grad_weight = grad_head[: K * H].view(K, H) if needs_weight else None
+        grad_bias = grad_head[K * H :] if needs_bias else None
+    return grad_hidden, grad_weight, grad_bias
+
+
+_in_graph = loss_in_graph(
+    _OP,
+    "hidden, head_weight, head_bias?, levels, segment_offsets",
+    call_type=_Call,
+    differentiable=3,
+    outputs=4,
+    saved=("levels", "segment_offsets"),
+    forward=_forward,
+    like=_like,
+    backward=_backward,
+)
 
 
 class _Backend(NamedTuple):

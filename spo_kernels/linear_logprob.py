@@ -123,7 +123,7 @@ def linear_logprob(
     logit_scale = check_positive_float(_OP, "logit_scale", logit_scale)
     if softcap is not None:
         softcap = check_positive_float(_OP, "softcap", softcap)
-    backend = resolve_backend(_OP, backend, hidden, is_custom_op=True)
+    backend = resolve_backend(_OP, backend, hidden)
     refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype})
     in_graph = reads_no_host(labels, scored_rows)
     if in_graph:

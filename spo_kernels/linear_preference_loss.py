@@ -21,7 +21,7 @@ from spo_kernels._linear_inputs import (
     planned_device,
     rows_of,
 )
-from spo_kernels._pair_batch import check_batch, count_batch, sides_of
+from spo_kernels._pair_batch import check_batch, count_batch, merged_labels, sides_of
 from spo_kernels._pair_checks import check_call, check_mix, check_sides
 from spo_kernels._pairs import PairData
 from spo_kernels._pairwise import (
@@ -105,6 +105,9 @@ def linear_preference_loss(
     byte budget. ``plan_linear_preference_loss`` chooses between that and the strategies of
     ``linear_logprob``; values and gradients are the same to rounding. Sums over groups are fp32,
     the upstream gradient multiplies them on the device. Results are bit-for-bit repeatable.
+    Under ``torch.compile`` no counts can be read on the host, so ``pairwise`` is refused and the
+    call is ``linear_logprob`` and ``preference_loss``: every row is scored, ignored ones as zeros,
+    and the budget is that of ``linear_logprob``.
 
     Args:
         hidden: ``[B, T, H]`` bf16/fp16/fp32 (fp64 on the torch backend), any strides. B = 2 P: the
@@ -136,16 +139,11 @@ def linear_preference_loss(
         no double backward.
     Raises: ValueError (shape, range, device, budget), TypeError (dtype), IndexError (a label
         outside [0, V)), RuntimeError (an empty, sharded weight; double backward),
-        NotImplementedError (a strategy or backend that cannot, a call under torch.compile).
+        NotImplementedError (a strategy or backend that cannot).
     Source: computing a loss's gradient while its logits live as in Hsu et al. 2024 (Liger),
         arXiv:2410.10989. Differs from it by: log-probs in fp32, sums over groups in fp32, any loss
         type, no vocabulary-sized tile outside the budget.
     """
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{_OP}: must run outside torch.compile, since it groups pairs by counts read on the "
-            "host, got a traced call. Use linear_logprob and preference_loss."
-        )
     compute_dtype = check_head_inputs(_OP, hidden, weight, labels, bias, lora)
     losses, weights = check_mix(loss_type, loss_weights)
     parameters = {
@@ -186,50 +184,64 @@ def linear_preference_loss(
     is_too_wide = loss.is_batch and P > MAX_BATCH_PAIRS
     loss = dataclasses.replace(loss, backend="torch" if is_too_wide else backend)
     refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype, "ref_logps": ref_logps})
+    in_graph = torch.compiler.is_compiling()
+    if in_graph and strategy == "pairwise":
+        raise NotImplementedError(
+            f"{_OP}: strategy must be 'auto' or one of linear_logprob's under torch.compile, since "
+            "pairs are grouped by counts read on the host, got 'pairwise'."
+        )
 
-    batch = count_batch(_OP, labels, response_labels, blocks, ignore_index, weight.shape[0])
     lora_a, lora_b = lora if lora is not None else (None, None)
     tensors = (hidden, weight, bias, lora_a, lora_b)
     needs = needed_grads(tensors)
-    rows, row_labels = rows_of(hidden, batch.labels, batch.scored, sum(map(sum, batch.pair_rows)))
     is_margin = loss.divergence == "reverse_kl" and all(row.of_margin for row in losses)
-    if P == 0:
-        # nothing to group
-        strategy = "auto"
-    plan = plan_linear_preference_loss(
-        pair_rows=batch.pair_rows,
-        hidden_size=weight.shape[1],
-        vocab_size=weight.shape[0],
-        dtype=compute_dtype,
-        hidden_dtype=hidden.dtype,
-        weight_dtype=weight.dtype,
-        needs_grad=needs,
-        lora_rank=0 if lora_b is None else lora_b.shape[1],
-        softcap=softcap,
-        gathered=rows.index is not None,
-        head_copied=weight.stride(1) != 1,
-        positions=labels.numel(),
-        is_pairwise=not any(row.sorts or row.has_statistic for row in losses),
-        is_streamable=ld_alpha is None and response_labels is None,
-        is_margin=is_margin,
-        budget_bytes=budget_bytes,
-        strategy=strategy,
-        device=planned_device(backend, hidden.device),
-    )
-    if plan.strategy != "pairwise":
+    if in_graph:
+        # no counts: linear_logprob scores every row, and plans itself
+        to_score, scored_rows = merged_labels(labels, response_labels, ignore_index), None
+    else:
+        batch = count_batch(_OP, labels, response_labels, blocks, ignore_index, weight.shape[0])
+        rows, row_labels = rows_of(
+            hidden, batch.labels, batch.scored, sum(map(sum, batch.pair_rows))
+        )
+        if P == 0:
+            # nothing to group
+            strategy = "auto"
+        plan = plan_linear_preference_loss(
+            pair_rows=batch.pair_rows,
+            hidden_size=weight.shape[1],
+            vocab_size=weight.shape[0],
+            dtype=compute_dtype,
+            hidden_dtype=hidden.dtype,
+            weight_dtype=weight.dtype,
+            needs_grad=needs,
+            lora_rank=0 if lora_b is None else lora_b.shape[1],
+            softcap=softcap,
+            gathered=rows.index is not None,
+            head_copied=weight.stride(1) != 1,
+            positions=labels.numel(),
+            is_pairwise=not any(row.sorts or row.has_statistic for row in losses),
+            is_streamable=ld_alpha is None and response_labels is None,
+            is_margin=is_margin,
+            budget_bytes=budget_bytes,
+            strategy=strategy,
+            device=planned_device(backend, hidden.device),
+        )
+        to_score, scored_rows, strategy = batch.labels, rows.count, plan.strategy
+        budget_bytes = plan.budget_bytes - POSITION_BYTES * labels.numel()
+    if strategy != "pairwise":
         logps = linear_logprob(
             hidden,
             weight,
-            batch.labels,
+            to_score,
             bias=bias,
             lora=lora,
             temperature=temperature,
             logit_scale=logit_scale,
             softcap=softcap,
             ignore_index=ignore_index,
-            scored_rows=rows.count,
-            budget_bytes=plan.budget_bytes - POSITION_BYTES * labels.numel(),
-            strategy=plan.strategy,
+            scored_rows=scored_rows,
+            budget_bytes=budget_bytes,
+            strategy=strategy,
             backend=backend,
         ).logps
         chosen, rejected, response = sides_of(

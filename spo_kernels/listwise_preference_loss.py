@@ -1,6 +1,7 @@
 """Public ``listwise_preference_loss``: losses on lists of labelled responses, with gradients."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from spo_kernels._checks import (
     refuse_fp64_on_triton,
     resolve_backend,
 )
+from spo_kernels._loss_graph import Like, loss_in_graph
 from spo_kernels.loss_table import LISTWISE_LOSS_TYPES, LISTWISE_PARAMETERS, ListwiseParameters
 
 _OP = "listwise_preference_loss"
@@ -55,7 +57,8 @@ def listwise_preference_loss(
     and four more rows of ``loss_table.LISTWISE_LOSS_TYPES``, which has every formula. Loss and
     gradient come from one kernel launch, in which a list's ``[K, K]`` matrices stay, and the
     backward is one multiply; all arithmetic is fp32 (fp64 for fp64 inputs), nothing is read back to
-    the host, and results are bit-for-bit repeatable.
+    the host, and results are bit-for-bit repeatable. Under ``torch.compile`` the kernel is one node
+    of the graph, with the bits of an eager call; the torch backend is traced and fused.
 
     A list counts if it holds two responses or more and its labels say something: an ideal DCG above
     0 for the NDCG losses, two different labels for the losses over pairs. One that does not count
@@ -101,9 +104,10 @@ def listwise_preference_loss(
     backend = resolve_backend(_OP, backend, logps)
     refuse_fp64_on_triton(_OP, backend, floats)
     call = _Call(backend=backend, loss_type=loss_type, parameters=parameters)
-    return ListwisePreferenceLossOutput(
-        *_ListwisePreferenceLossFunction.apply(logps, ref_logps, labels, mask, call)
-    )
+    tensors = (logps, ref_logps, labels, mask)
+    if backend == "triton" and torch.compiler.is_compiling():
+        return ListwisePreferenceLossOutput(*_in_graph(call, *tensors))
+    return ListwisePreferenceLossOutput(*_ListwisePreferenceLossFunction.apply(*tensors, call))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +117,13 @@ class _Call:
     backend: str
     loss_type: str
     parameters: ListwiseParameters
+
+    def packed(self) -> tuple[list[str], list[float]]:
+        return [self.backend, self.loss_type], [*self.parameters]
+
+    @classmethod
+    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "_Call":
+        return cls(*words, ListwiseParameters(*numbers))
 
 
 class _ListwisePreferenceLossFunction(torch.autograd.Function):
@@ -126,17 +137,10 @@ class _ListwisePreferenceLossFunction(torch.autograd.Function):
         call: _Call,
     ):
         ctx.set_materialize_grads(False)
-        losses, grads, rewards, counted = _backend(call.backend).listwise_preference_loss_fwd(
-            logps,
-            ref_logps,
-            labels,
-            mask,
-            loss_type=call.loss_type,
-            parameters=call.parameters,
-        )
+        losses, rewards, counted, grads = _forward(call, logps, ref_logps, labels, mask)
         ctx.mark_non_differentiable(rewards, counted)
         ctx.save_for_backward(grads)
-        ctx.dtype = logps.dtype
+        ctx.call, ctx.likes = call, (Like(logps.shape, logps.dtype),)
         return losses, rewards, counted
 
     @staticmethod
@@ -144,8 +148,64 @@ class _ListwisePreferenceLossFunction(torch.autograd.Function):
         refuse_double_backward(_OP)
         if grad_losses is None:
             return (None,) * 5
-        (grads,) = ctx.saved_tensors
-        return (grads * grad_losses[:, None]).to(ctx.dtype), *(None,) * 4
+        needs = ctx.needs_input_grad[:1]
+        grads = _backward(ctx.call, grad_losses, ctx.saved_tensors, ctx.likes, needs)
+        return *grads, *(None,) * 4
+
+
+def _forward(
+    call: _Call,
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Return the outputs, then grads [B, K]."""
+    losses, grads, rewards, counted = _backend(call.backend).listwise_preference_loss_fwd(
+        logps,
+        ref_logps,
+        labels,
+        mask,
+        loss_type=call.loss_type,
+        parameters=call.parameters,
+    )
+    return losses, rewards, counted, grads
+
+
+def _like(
+    call: _Call,
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> tuple[Like, ...]:
+    B, K = logps.shape
+    return Like((B,)), Like((B, K)), Like((B,), torch.bool), Like((B, K))
+
+
+def _backward(
+    call: _Call,
+    grad_losses: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    likes: Sequence[Like],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor]:
+    """Return the gradient of logps."""
+    (grads,) = saved
+    return ((grads * grad_losses[:, None]).to(likes[0].dtype),)
+
+
+_in_graph = loss_in_graph(
+    _OP,
+    "logps, ref_logps?, labels, mask?",
+    call_type=_Call,
+    differentiable=1,
+    outputs=3,
+    saved=(),
+    forward=_forward,
+    like=_like,
+    backward=_backward,
+)
 
 
 def _backend(name: str):

@@ -15,6 +15,7 @@ from spo_kernels._checks import (
 )
 from spo_kernels._pair_checks import check_call, check_mix, check_sides
 from spo_kernels._pairs import PairCall, PairData, Scored, Side
+from spo_kernels._preference_graph import preference_loss_in_graph
 from spo_kernels.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS, formula_lines
 
 _OP = "preference_loss"
@@ -84,7 +85,9 @@ def preference_loss(
 
     The token sums, the loss and its gradient come from one kernel launch and the backward is one
     more; all arithmetic is fp32 (fp64 for fp64 inputs), nothing is read back to the host, and
-    results are bit-for-bit repeatable. Policy equal to reference gives a margin of exactly 0.
+    results are bit-for-bit repeatable. Policy equal to reference gives a margin of exactly 0. Under
+    ``torch.compile`` the kernels are one node of the graph, with the bits of an eager call; the
+    torch backend is traced and fused.
     ``losses.mean()`` is TRL's batch loss. A mix makes a method: CPO is ``["cpo", "sft"]`` without a
     reference, ORPO ``["orpo", "nll"]``, TPO ``["cpo", "nll"]``, RPO ``["sigmoid", "rpo"]``.
 
@@ -193,6 +196,9 @@ def preference_loss(
     has_lengths = chosen_lengths is not None or rejected_lengths is not None
     if has_lengths and not (call.needs_lengths or chosen_log_sum_sq_probs is not None):
         chosen, rejected = chosen._replace(lengths=None), rejected._replace(lengths=None)
+    if call.backend == "triton" and torch.compiler.is_compiling():
+        losses, rewards, sums = preference_loss_in_graph(chosen, rejected, response, data, call)
+        return PreferenceLossOutput(losses, *rewards, *sums)
     return PreferenceLossOutput(
         *_PreferenceLossFunction.apply(
             chosen_logps, rejected_logps, response_logps, chosen, rejected, response, data, call

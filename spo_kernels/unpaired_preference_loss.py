@@ -1,7 +1,7 @@
 """Public ``unpaired_preference_loss``: KTO and its kin on single labelled responses."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from spo_kernels._checks import (
     refuse_fp64_on_triton,
     resolve_backend,
 )
+from spo_kernels._loss_graph import Like, loss_in_graph
 from spo_kernels.loss_table import UNPAIRED_LOSS_TYPES, UNPAIRED_PARAMETERS, UnpairedParameters
 
 _OP = "unpaired_preference_loss"
@@ -66,7 +67,8 @@ def unpaired_preference_loss(
     one multiply or one launch. All arithmetic is fp32 (fp64 for fp64 inputs), nothing is read back
     to the host, and results are bit-for-bit repeatable (torch backend with offsets on a GPU: under
     ``torch.use_deterministic_algorithms``). A policy equal to its reference token by token gives d
-    of exactly 0.
+    of exactly 0. Under ``torch.compile`` the kernels are one node of the graph, with the bits of an
+    eager call; the torch backend is traced and fused.
 
     Args:
         logps: bf16/fp16/fp32 (fp64 on the torch backend), any stride: ``[S]`` sums of whole
@@ -125,7 +127,7 @@ def unpaired_preference_loss(
         parameters=parameters,
         ref_has_tokens=has_tokens and ref_logps is not None and ref_logps.shape == logps.shape,
     )
-    *outputs, baselines = _UnpairedPreferenceLossFunction.apply(
+    tensors = (
         logps,
         ref_logps,
         is_desirable,
@@ -133,8 +135,11 @@ def unpaired_preference_loss(
         kl_logps,
         ref_kl_logps,
         kl if loss_type == "kto" else reward_shift,
-        call,
     )
+    if backend == "triton" and torch.compiler.is_compiling():
+        *outputs, baselines = _in_graph(call, *tensors)
+    else:
+        *outputs, baselines = _UnpairedPreferenceLossFunction.apply(*tensors, call)
     return UnpairedPreferenceLossOutput(*outputs, kl=baselines[0], reward_shift=baselines[1])
 
 
@@ -146,6 +151,15 @@ class _Call:
     loss_type: str
     parameters: UnpairedParameters
     ref_has_tokens: bool
+
+    def packed(self) -> tuple[list[str], list[float]]:
+        ref = "tokens" if self.ref_has_tokens else "sums"
+        return [self.backend, self.loss_type, ref], [*self.parameters]
+
+    @classmethod
+    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "_Call":
+        backend, loss_type, ref = words
+        return cls(backend, loss_type, UnpairedParameters(*numbers), ref == "tokens")
 
 
 class _UnpairedPreferenceLossFunction(torch.autograd.Function):
@@ -162,7 +176,8 @@ class _UnpairedPreferenceLossFunction(torch.autograd.Function):
         call: _Call,
     ):
         ctx.set_materialize_grads(False)
-        losses, grads, rewards, sums, baselines = _backend(call.backend).fwd(
+        losses, rewards, sums, baselines, grads = _forward(
+            call,
             logps,
             ref_logps,
             is_desirable,
@@ -170,13 +185,10 @@ class _UnpairedPreferenceLossFunction(torch.autograd.Function):
             kl_logps,
             ref_kl_logps,
             baseline,
-            ref_has_tokens=call.ref_has_tokens,
-            loss_type=call.loss_type,
-            parameters=call.parameters,
         )
         ctx.mark_non_differentiable(rewards, sums, baselines)
-        ctx.save_for_backward(grads, segment_offsets)
-        ctx.backend, ctx.shape, ctx.dtype = call.backend, logps.shape, logps.dtype
+        ctx.save_for_backward(segment_offsets, grads)
+        ctx.call, ctx.likes = call, (Like(logps.shape, logps.dtype),)
         return losses, rewards, sums, baselines
 
     @staticmethod
@@ -184,17 +196,77 @@ class _UnpairedPreferenceLossFunction(torch.autograd.Function):
         refuse_double_backward(_OP)
         if grad_losses is None:
             return (None,) * 8
-        grads, segment_offsets = ctx.saved_tensors
-        if segment_offsets is not None:
-            grad_logps = _backend(ctx.backend).bwd_tokens(
-                grads, grad_losses, segment_offsets, tokens=ctx.shape.numel(), dtype=ctx.dtype
-            )
-            grad_logps = grad_logps.view(ctx.shape)
-        else:
-            grad_logps = (grads * grad_losses).to(ctx.dtype)
-            if len(ctx.shape) == 2:
-                grad_logps = grad_logps[:, None].expand(ctx.shape)
-        return grad_logps, *(None,) * 7
+        needs = ctx.needs_input_grad[:1]
+        grads = _backward(ctx.call, grad_losses, ctx.saved_tensors, ctx.likes, needs)
+        return *grads, *(None,) * 7
+
+
+def _forward(
+    call: _Call,
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    is_desirable: torch.Tensor,
+    segment_offsets: torch.Tensor | None,
+    *samples: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Return losses, rewards, sums and baselines, then grads [S].
+
+    ``samples`` are kl_logps, ref_kl_logps and the baseline.
+    """
+    losses, grads, rewards, sums, baselines = _backend(call.backend).fwd(
+        logps,
+        ref_logps,
+        is_desirable,
+        segment_offsets,
+        *samples,
+        ref_has_tokens=call.ref_has_tokens,
+        loss_type=call.loss_type,
+        parameters=call.parameters,
+    )
+    return losses, rewards, sums, baselines, grads
+
+
+def _like(
+    call: _Call,
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    is_desirable: torch.Tensor,
+    *others: torch.Tensor | None,
+) -> tuple[Like, ...]:
+    each = Like(is_desirable.shape)
+    return each, each, each, Like((2,)), each
+
+
+def _backward(
+    call: _Call,
+    grad_losses: torch.Tensor,
+    saved: Sequence[torch.Tensor | None],
+    likes: Sequence[Like],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor]:
+    """Return the gradient of logps."""
+    segment_offsets, grads = saved
+    shape, dtype = likes[0]
+    if segment_offsets is not None:
+        grad_logps = _backend(call.backend).bwd_tokens(
+            grads, grad_losses, segment_offsets, tokens=shape.numel(), dtype=dtype
+        )
+        return (grad_logps.view(shape),)
+    grad_logps = (grads * grad_losses).to(dtype)
+    return (grad_logps[:, None].expand(shape) if len(shape) == 2 else grad_logps,)
+
+
+_in_graph = loss_in_graph(
+    _OP,
+    "logps, ref_logps?, is_desirable, segment_offsets?, kl_logps?, ref_kl_logps?, baseline?",
+    call_type=_Call,
+    differentiable=1,
+    outputs=4,
+    saved=("segment_offsets",),
+    forward=_forward,
+    like=_like,
+    backward=_backward,
+)
 
 
 class _Backend(NamedTuple):

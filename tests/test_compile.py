@@ -1,19 +1,11 @@
-"""``torch.compile(fullgraph=True)``: the custom ops, traced steps, and what a graph refuses."""
+"""``torch.compile(fullgraph=True)`` of ``linear_logprob`` and of a step around it."""
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.library import opcheck
 
-from spo_kernels import (
-    bradley_terry_loss,
-    degree_loss,
-    linear_logprob,
-    linear_preference_loss,
-    listwise_preference_loss,
-    preference_loss,
-    unpaired_preference_loss,
-)
+from spo_kernels import degree_loss, linear_logprob, preference_loss
 from spo_kernels._linear_logprob_graph import _backward_op, _forward_op
 from tests.logprob_cases import ALL_OUTPUTS, DIFFERENTIABLE
 
@@ -223,36 +215,6 @@ def test_training_step(backend, autocast):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda x, y: bradley_terry_loss(x[:, 0], y[:, 0]),
-        lambda x, y: preference_loss(x, y, beta=0.2, loss_type=["ipo", "sft"]),
-        lambda x, y: unpaired_preference_loss(x, y, y[:, 0] > 0, loss_type="bco"),
-        lambda x, y: listwise_preference_loss(x, y, loss_type="list_mle"),
-    ],
-    ids=["bradley_terry", "preference", "unpaired", "listwise"],
-)
-def test_losses(loss, dynamic):
-    x, y = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    if loss.__code__.co_names[0] == "preference_loss":
-        x, y = x.sum(1), y.sum(1)
-        loss_lengths = torch.tensor([3, 4, 5])
-
-        def loss(x, y):
-            lengths = {"chosen_lengths": loss_lengths, "rejected_lengths": loss_lengths}
-            return preference_loss(x, y, loss_type=["ipo", "sft"], beta=0.2, **lengths)
-
-    results = []
-    for step in (loss, compiled(loss, dynamic)):
-        leaf = x.clone().requires_grad_()
-        losses = step(leaf, y).losses
-        losses.sum().backward()
-        results.append((losses, leaf.grad))
-    assert_same(*results)
-
-
 def test_errors():
     """Errors keep their text: bare where the graph may break, inside dynamo's report where not."""
     tensors, labels = inputs(2, 6, ())
@@ -270,7 +232,3 @@ def test_errors():
         compiled(logprobs)(tensors, labels, strategy="fast")
     with pytest.raises(Exception, match="budget_bytes must be at least"):
         compiled(logprobs)(tensors, labels, budget_bytes=1)
-    with pytest.raises(Exception, match="backend must be 'torch' or 'auto' under torch.compile"):
-        compiled(lambda x: preference_loss(x, -x, backend="triton"))(torch.randn(3))
-    with pytest.raises(Exception, match="linear_preference_loss: must run outside torch.compile"):
-        compiled(linear_preference_loss)(tensors["hidden"], tensors["weight"], labels)
