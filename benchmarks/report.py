@@ -79,7 +79,8 @@ def bar_line(bar: bars_of.Bar) -> str:
     """Return one bar in words, its ratio first."""
     verdict = "met" if bar.met else "MISSED"
     number = _ratio(bar.ratio)
-    return f"{verdict:6} {number:>8} (bar {_ratio(bar.limit)})  {bar.case}: {bar.what}"
+    line = f"{verdict:6} {number:>8} (bar {_ratio(bar.limit)})  {bar.case}: {bar.what}"
+    return line if bar.met else f"{line} ({bar.cause})"
 
 
 def render(documents: list[dict]) -> str:
@@ -119,7 +120,7 @@ def write_readme(path: Path, text: str, begin: str = BEGIN, end: str = END) -> b
 def _bar_table(rows: list[Row]) -> str:
     lines = [
         f"| {bar.case} | {bar.what} | {_ratio(bar.ratio)} | {_ratio(bar.limit)} | "
-        f"{'met' if bar.met else '**missed**'} |"
+        f"{'met' if bar.met else f'**missed**: {bar.cause}'} |"
         for bar in bars_for(rows)
     ]
     return _table("| case | what | measured | bar | |", lines)

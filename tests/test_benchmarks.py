@@ -101,7 +101,10 @@ def test_bars():
 def test_bars_of_preference_loss():
     row = {"kind": "pairs", "shape": "bar", "case": "ipo", "provider": "spo", "ratio": 1.25}
     on_cpu, on_gpu = ({**row, "device": device} for device in ("cpu", "cuda"))
-    found = [(bar.what, bar.ratio, bar.met) for bar in bars.cpu_bars([on_cpu, on_gpu])]
+    (bar,) = bars.cpu_bars([on_cpu, on_gpu])
+    assert "fixed cost" in bar.cause and bar.cause in report.bar_line(bar)
+    assert not bars.Bar(bar.case, bar.what, 0.9, 1.0).cause
+    found = [(bar.what, bar.ratio, bar.met)]
     assert found == [("time against eager", 1.25, False)]
     row = {"kind": "launches", "workload": "w", "provider": "spo", "host_syncs": 1}
     row |= {"kernels_forward": 1, "kernels_backward": 2, "launch_us": 5.0}
