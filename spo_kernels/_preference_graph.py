@@ -40,6 +40,7 @@ def _forward(call: PairCall, *tensors: torch.Tensor | None) -> Scored:
 
 
 def _like(call: PairCall, *tensors: torch.Tensor | None) -> Scored:
+    """Return what the results of ``_forward`` are allocated as."""
     P, L = _sides_of(tensors)[0].form.pairs, len(call.losses)
     sorts = any(loss.sorts for loss in call.losses)
     has_statistic = any(loss.has_statistic for loss in call.losses)

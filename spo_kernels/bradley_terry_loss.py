@@ -144,6 +144,7 @@ def _forward(
 def _like(
     call: _Call, chosen: torch.Tensor, rejected: torch.Tensor, margins: torch.Tensor | None
 ) -> tuple[Like, Like, Like]:
+    """Return what the results of ``_forward`` are allocated as."""
     P = chosen.shape[0]
     return Like((P,)), Like((P,), torch.bool), Like((2, P))
 

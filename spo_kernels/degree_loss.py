@@ -167,6 +167,7 @@ def _like(
     levels: torch.Tensor,
     segment_offsets: torch.Tensor,
 ) -> list[Like]:
+    """Return what the results of ``_forward`` are allocated as."""
     S, (K, H) = segment_offsets.shape[0] - 1, head_weight.shape
     dtype = compute_dtype(hidden, head_weight)
     views = [Like((S,), torch.int32), Like((S,), torch.int32), Like((S, K), torch.bool)]

@@ -179,6 +179,7 @@ def _like(
     labels: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> tuple[Like, ...]:
+    """Return what the results of ``_forward`` are allocated as."""
     B, K = logps.shape
     return Like((B,)), Like((B, K)), Like((B,), torch.bool), Like((B, K))
 

@@ -233,6 +233,7 @@ def _like(
     is_desirable: torch.Tensor,
     *others: torch.Tensor | None,
 ) -> tuple[Like, ...]:
+    """Return what the results of ``_forward`` are allocated as."""
     each = Like(is_desirable.shape)
     return each, each, each, Like((2,)), each
 
