@@ -269,7 +269,7 @@ def form_pointers_of(form: Form) -> SidePointers:
     """Return where the tokens are; ``tokens`` is anything but None where there are any."""
     mask = contiguous(form.mask)
     return SidePointers(
-        tokens=True if form.has_tokens else None,
+        tokens=1 if form.has_tokens else None,
         sums=None,
         ref_tokens=None,
         ref_sums=None,
