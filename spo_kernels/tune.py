@@ -23,8 +23,8 @@ from spo_kernels._linear_inputs import planned_device
 from spo_kernels.linear_logprob import linear_logprob
 from spo_kernels.planner import device_facts, plan_linear_logprob
 
-# (N, H, V): one where products dominate, one with few rows, one with a small H
-_CPU_SHAPES = ((2048, 512, 32000), (256, 1152, 32768), (512, 2048, 16032))
+# (N, H, V): one where products dominate, two with few rows, one with a large H
+_CPU_SHAPES = ((2048, 512, 32000), (256, 1152, 32768), (512, 2048, 16032), (64, 512, 32000))
 _GPU_SHAPES = ((8192, 4096, 128256), (8192, 896, 151936), (2048, 2048, 128256))
 _NEEDS = {"score": (), "direction": ("hidden",), "recompute": ("hidden", "weight")}
 _DPO_OUTPUTS = ("logps", "entropy", "mean_logits", "is_top1")
