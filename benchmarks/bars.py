@@ -49,7 +49,7 @@ CAUSES = (
     (
         "CPU, trainable head",
         "time against TRL",
-        "nine tenths of our time are four fp32 products at the machine's rate",
+        "four bare products of recompute are above it; three of resident are over the memory bar",
     ),
 )
 
