@@ -5,8 +5,9 @@
 Both rates are fitted to the least times of every strategy at a few shapes (what disturbs a run
 only adds to it), so the bandwidth is what the op reaches between its products, not that of a bare
 copy. On a GPU the tiles of ``tiles.RACED`` are timed in place of the table's, one for each kernel.
-Nothing is stored: what is printed are rows of ``planner._DEVICES`` and ``tiles.TILES``, which a
-maintainer commits.
+So is the product of the head's gradient, in our kernel and in the library. Nothing is stored: what
+is printed are rows of ``planner._DEVICES`` and ``tiles.TILES`` and the times by which to set
+``WEIGHT_KERNEL_ROWS``, which a maintainer commits.
 """
 
 import dataclasses
@@ -27,6 +28,9 @@ from spo_kernels.planner import device_facts, plan_linear_logprob
 _CPU_SHAPES = ((2048, 512, 32000), (256, 1152, 32768), (512, 2048, 16032), (64, 512, 32000))
 _GPU_SHAPES = ((8192, 4096, 128256), (8192, 896, 151936), (2048, 2048, 128256))
 _NEEDS = {"score": (), "direction": ("hidden",), "recompute": ("hidden", "weight")}
+# rows on both sides of where the head's gradient changes its engine, and (H, V)
+_ENGINE_ROWS = (512, 1024, 2048, 4096, 8192, 16384)
+_ENGINE_SIZES = (4096, 128256)
 _DPO_OUTPUTS = ("logps", "entropy", "mean_logits", "is_top1")
 _ROUNDS = 5
 
@@ -123,6 +127,26 @@ def race_tiles(
     return found
 
 
+def race_engines(
+    device: torch.device, rows: Sequence[int] = _ENGINE_ROWS, sizes: tuple[int, int] = _ENGINE_SIZES
+) -> list[tuple[int, float, float]]:
+    """Return (rows, ms with our kernel, ms with the library) of the head's gradient's step."""
+    from spo_kernels.kernels import linear_logprob_strategies as strategies
+
+    found = []
+    before = strategies.WEIGHT_KERNEL_ROWS
+    try:
+        for N in rows:
+            times = []
+            for most in (N, 0):
+                strategies.WEIGHT_KERNEL_ROWS = most
+                times.append(_tile_ms("recompute", ((N, *sizes),), device))
+            found.append((N, *times))
+    finally:
+        strategies.WEIGHT_KERNEL_ROWS = before
+    return found
+
+
 def _tile_ms(strategy: str, shapes: Sequence[tuple[int, int, int]], device: torch.device) -> float:
     logs = []
     for N, H, V in shapes:
@@ -169,6 +193,10 @@ def print_report(device: torch.device) -> None:
     print(f'"{key}": DeviceFacts({flops:.2e}, {bandwidth:.2e}, {slack_mib} * _MIB),')
     if device.type == "cuda":
         _print_tiles(race_tiles(device))
+        for rows, kernel_ms, library_ms in race_engines(device):
+            print(
+                f"WEIGHT_KERNEL_ROWS, {rows} rows: {kernel_ms:.3f} ms, library {library_ms:.3f} ms"
+            )
 
 
 def _print_tiles(times: Sequence[TileTime]) -> None:

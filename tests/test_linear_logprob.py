@@ -262,3 +262,29 @@ def test_reference_by_hand():
     for name, value in expected.items():
         assert out[name].item() == pytest.approx(value.item(), abs=1e-6), name
     assert not out["is_top1"].item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("most_rows", [0, 4096], ids=["library", "kernel"])
+@pytest.mark.parametrize(("H", "V"), [(36, 611), (129, 300), (1, 1)], ids=str)
+def test_engines_of_the_heads_gradient(backend, dtype, most_rows, H, V, monkeypatch):
+    """Few rows take our kernel, many a library's product: each right, each where it should be."""
+    name, device = backend
+    if name == "torch":
+        pytest.skip("has one engine")
+    from spo_kernels.kernels import linear_logprob_bwd_weight, linear_logprob_strategies
+
+    launches, launch = [], linear_logprob_bwd_weight.linear_logprob_bwd_weight
+
+    def recorded(*args, **settings):
+        launches.append(args)
+        launch(*args, **settings)
+
+    monkeypatch.setattr(linear_logprob_bwd_weight, "linear_logprob_bwd_weight", recorded)
+    monkeypatch.setattr(linear_logprob_strategies, "WEIGHT_KERNEL_ROWS", most_rows)
+    case = make_case(rows=70, H=H, V=V, dtype=dtype, device=device)
+    for strategy in ("resident", "recompute"):
+        launches.clear()
+        needs = ("hidden", "weight")
+        compare(case, needs, outputs=("logps",), strategy=strategy, backend=name, name=strategy)
+        assert bool(launches) == (most_rows > 0)

@@ -75,3 +75,24 @@ def test_race_tiles(monkeypatch):
     assert all(t.measured_ms > 0 for t in times)
     assert set(ran["fwd"]) == set(tiles) | {TILES["fwd", "sm_80", "half", "pointer"]}
     assert set(ran["bwd"]) == set(tiles)
+
+
+def test_race_engines(monkeypatch):
+    """Each number of rows with our kernel, then without; the threshold is as it was."""
+    if not triton_interpreter_on():
+        pytest.skip("needs the interpreter (make test runs it so)")
+    from spo_kernels.kernels import linear_logprob_bwd_weight, linear_logprob_strategies
+
+    launches, launch = [], linear_logprob_bwd_weight.linear_logprob_bwd_weight
+
+    def recorded(grad, *args, **settings):
+        launches.append(len(grad))
+        launch(grad, *args, **settings)
+
+    monkeypatch.setattr(linear_logprob_bwd_weight, "linear_logprob_bwd_weight", recorded)
+    monkeypatch.setattr(tune, "_ROUNDS", 1)
+    before = linear_logprob_strategies.WEIGHT_KERNEL_ROWS
+    found = tune.race_engines(torch.device("cpu"), rows=(3, 5), sizes=(16, 300))
+    assert [row[0] for row in found] == [3, 5] and all(min(row) > 0 for row in found)
+    assert launches == [3, 3, 5, 5]
+    assert before == linear_logprob_strategies.WEIGHT_KERNEL_ROWS

@@ -24,6 +24,7 @@ from spo_kernels.kernels import (
     degree_loss_bwd,
     linear_logprob,
     linear_logprob_bwd,
+    linear_logprob_bwd_weight,
     linear_logprob_rows,
     listwise_preference_loss,
     logits_tile,
@@ -77,6 +78,11 @@ _BWD_SWITCHES = {
     },
     "entropy": {"TRANSFORM": 0, "HAS_ENTROPY": True, "HAS_EVERYWHERE": True},
 }
+_TILED = {
+    "fwd": (linear_logprob._linear_logprob_fwd_kernel, _FWD_SWITCHES),
+    "bwd": (linear_logprob_bwd._linear_logprob_bwd_logits_kernel, _BWD_SWITCHES),
+    "weight": (linear_logprob_bwd_weight._linear_logprob_bwd_weight_kernel, {"plain": {}}),
+}
 _POINTERS = {
     "labels_ptr": "*i64",
     "segment_offsets_ptr": "*i64",
@@ -103,6 +109,7 @@ _COMPUTE_DTYPE = {
     "head_ptr",
     "hidden_ptr",
     "grad_hidden_ptr",
+    "grad_weight_ptr",
 }
 _FLOATS = {"scale", "softcap", "inv_t", "outer", "slope", "ld_alpha", "divergence_power", "center"}
 
@@ -194,12 +201,7 @@ def _cases(
             continue
         limit = SMALL_SHARED_LIMIT_BYTES if arch_class == "small" else SHARED_LIMIT_BYTES[arch]
         dtype = "fp32" if dtype_class == "float" else "bf16"
-        kernel = (
-            linear_logprob._linear_logprob_fwd_kernel
-            if kind == "fwd"
-            else linear_logprob_bwd._linear_logprob_bwd_logits_kernel
-        )
-        switches = _FWD_SWITCHES if kind == "fwd" else _BWD_SWITCHES
+        kernel, switches = _TILED[kind]
         for name, on in switches.items():
             constexprs = {
                 "HAS_BIAS": False,
@@ -213,7 +215,9 @@ def _cases(
                 "BLOCK_H": tile.block_h,
                 "BLOCK_R": tile.block_r,
                 "GROUP_N": tile.group_n,
+                "GROUP_V": tile.group_n,
             }
+            constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
             shape = f"{tile.block_n}x{tile.block_v}x{tile.block_h}"
             yield _Case(
                 kernel=kernel,
@@ -406,9 +410,10 @@ def _signature(
     for name in kernel.arg_names:
         if name in constexprs:
             signature[name] = "constexpr"
-        elif name in ("hidden", "weight"):
-            rows = tile.block_n if name == "hidden" else tile.block_v
-            box = f"tensordesc<{dtype}[{rows}, {tile.block_h}]>"
+        elif name in ("hidden", "weight", "grad"):
+            rows = tile.block_v if name == "weight" else tile.block_n
+            columns = tile.block_v if name == "grad" else tile.block_h
+            box = f"tensordesc<{dtype}[{rows}, {columns}]>"
             signature[name] = box if tile.tma else f"*{dtype}"
         elif name in _COMPUTE_DTYPE:
             signature[name] = f"*{dtype}"
@@ -430,7 +435,7 @@ def _signature(
 def _compile(case: _Case) -> AotRow:
     # what a launch finds divisible by 16: pointers and padded strides, and H and the row strides
     # but for the half rows that exist because those are not
-    divisible = {"ROWS", "stride_exps_n", "stride_grad_n"}
+    divisible = {"ROWS", "stride_exps_n", "stride_grad_n", "stride_grad_weight_v"}
     if not case.unaligned:
         divisible |= {"H", "stride_hidden_n", "stride_weight_v"}
     attributes = {

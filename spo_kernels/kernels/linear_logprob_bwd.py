@@ -245,8 +245,8 @@ def linear_logprob_bwd_logits(
     programs = min(tiles, program_count(hidden.device) * tile.programs_per_sm)
     with device_guard(hidden):
         _linear_logprob_bwd_logits_kernel[(programs,)](
-            hidden=operand(hidden, tile.block_n, tile),
-            weight=operand(weight, tile.block_v, tile),
+            hidden=operand(hidden, (tile.block_n, tile.block_h), tile),
+            weight=operand(weight, (tile.block_v, tile.block_h), tile),
             bias_ptr=hidden if bias is None else bias,
             lora_a_ptr=hidden if lora_a is None else lora_a,
             lora_b_ptr=hidden if lora_b is None else lora_b,

@@ -19,9 +19,15 @@ from spo_kernels._call import (
     backward_direction,
     row_coefficients,
 )
-from spo_kernels._plan_models import COLUMN_PAD, SUB_TILE_V, head_slice_columns
+from spo_kernels._plan_models import (
+    COLUMN_PAD,
+    SUB_TILE_V,
+    WEIGHT_KERNEL_ROWS,
+    head_slice_columns,
+)
 from spo_kernels.kernels import linear_logprob as fwd
 from spo_kernels.kernels import linear_logprob_bwd as bwd
+from spo_kernels.kernels import linear_logprob_bwd_weight as bwd_weight
 from spo_kernels.kernels import linear_logprob_rows as row_kernels
 from spo_kernels.kernels import logits_tile
 from spo_kernels.kernels.device import arch_of, cdiv, shared_bytes
@@ -160,11 +166,13 @@ def backward(
     vectors, row_scale = _vectors(call, kept, grads, V)
     hidden, lora_a = _rows_of(call, rows, inputs, 0, N)
 
-    out = {
-        name: torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-        for name, tensor in zip(Inputs._fields[:5], inputs[:5], strict=True)
-        if name in need and name not in into
-    }
+    out = {}
+    for name, tensor in zip(Inputs._fields[:5], inputs[:5], strict=True):
+        if name in need and name not in into:
+            # without rows nothing is written, and ignored rows never are
+            is_written = N > 0 and (rows.index is None or name not in ("hidden", "lora_a"))
+            make = torch.empty_like if is_written else torch.zeros_like
+            out[name] = make(tensor, memory_format=torch.contiguous_format)
     sums = {
         name: into[name]
         if name in into
@@ -175,7 +183,7 @@ def backward(
     # what the head's gradients are summed against: rows scaled by an exact power of two
     largest = row_scale.amax() if N else row_scale.new_ones(())
     relative = (row_scale / largest).to(dtype)[:, None]
-    scaled = dtype == torch.float16
+    scaled, is_half = dtype == torch.float16, dtype.itemsize == 2
     right = {
         "weight": hidden * relative if scaled and "weight" in need else hidden,
         "bias": relative,
@@ -228,14 +236,21 @@ def backward(
             if name in into and not scaled:
                 _add_product(total, grad.t(), right[name])
                 continue
-            value = _product(grad.t(), right[name]).mul_(largest)
+            if name == "weight" and name not in into and N <= WEIGHT_KERNEL_ROWS and is_half:
+                tile = _tile("weight", call, grad, right[name])
+                bwd_weight.linear_logprob_bwd_weight(grad, right[name], largest, total, tile=tile)
+                continue
+            value = _product(grad.t(), right[name])
+            if scaled:
+                value.mul_(largest)
             if name in into:
                 total += value
             else:
                 total.copy_(value)
             del value
     for name, value in sums.items():
-        value.mul_(row_scale[:, None])
+        if scaled:
+            value.mul_(row_scale[:, None])
         if name not in into:
             rows.put_all(out[name], value, call.row_chunk)
     return out

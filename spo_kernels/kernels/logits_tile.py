@@ -189,10 +189,10 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def operand(tensor: torch.Tensor, rows: int, tile: Tile):
-    """Return what a tile load reads: a TMA descriptor of ``[rows, block_h]`` or the tensor."""
+def operand(tensor: torch.Tensor, box: tuple[int, int], tile: Tile):
+    """Return what a tile load reads: a TMA descriptor of ``box`` entries, or the tensor."""
     if not tile.tma:
         return tensor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, tile.block_h])
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))

@@ -60,6 +60,13 @@ TILES: dict[tuple[str, str, str, str], Tile] = {
     ("bwd", "sm_90", "float", "pointer"): _FLOAT,
     ("bwd", "sm_100", "float", "pointer"): _FLOAT,
     ("bwd", "small", "float", "pointer"): _FLOAT,
+    # block_n is what a step of the sum over rows takes
+    ("weight", "sm_80", "half", "pointer"): Tile(32, 128, 128, 8, 3),
+    ("weight", "sm_90", "half", "pointer"): Tile(32, 128, 64, 4, 3, programs_per_sm=2),
+    ("weight", "sm_90", "half", "tma"): Tile(64, 128, 256, 8, 3, tma=True),
+    ("weight", "sm_100", "half", "pointer"): Tile(32, 128, 64, 4, 3, programs_per_sm=2),
+    ("weight", "sm_100", "half", "tma"): Tile(64, 128, 128, 4, 3, tma=True, programs_per_sm=2),
+    ("weight", "small", "half", "pointer"): Tile(32, 128, 64, 4, 3, programs_per_sm=2),
 }
 
 # what ``spo-kernels tune`` races on a GPU for the rows of half dtypes, by (architecture class,
@@ -99,7 +106,7 @@ def arch_class_of(arch: str, shared_bytes: int) -> str:
 
 
 def tile_for(kernel: str, arch: str, dtype: torch.dtype, *, shared_bytes: int, tma: bool) -> Tile:
-    """Return the tile of ``kernel`` ("fwd" or "bwd") on ``arch`` ("sm_90")."""
+    """Return the tile of ``kernel`` ("fwd", "bwd" or "weight") on ``arch`` ("sm_90")."""
     dtype_class = "float" if dtype == torch.float32 else "half"
     arch_class = arch_class_of(arch, shared_bytes)
     row = TILES.get((kernel, arch_class, dtype_class, "tma")) if tma else None
