@@ -47,6 +47,8 @@ class Sizes:
     kept_item: int
     head_copied: bool
     ranks: int = 1
+    # the head's gradients are added to sums outside (pairwise)
+    into: bool = False
 
     @property
     def exchanged_bytes(self) -> int:
@@ -227,7 +229,7 @@ def triton_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[in
     if strategy == "resident":
         kept += s.N * padded_v * s.kept_item + 4 * s.N * tiles
     # a product is written in fp32 first, but for our kernel's
-    is_own = s.item == 2 and s.N <= WEIGHT_KERNEL_ROWS
+    is_own = s.item == 2 and s.N <= WEIGHT_KERNEL_ROWS and not s.into
     summed = s.H * ("weight" in s.needs and not is_own) + s.R * ("lora_b" in s.needs)
     forward_rows = row_steps[-1]
     for rows in row_steps:
@@ -248,7 +250,7 @@ def triton_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[in
         products = len(s.needs & {"hidden", "weight"})
         moved = 2 * weight_pass + element * (1 + products)
         moved += chunks * s.N * width * (s.item * products + 8 * bool(grad_hidden))
-        if "weight" in s.needs:
+        if "weight" in s.needs and not s.into:
             moved += s.V * s.H * (s.weight_item if is_own else 8 + s.weight_item)
         if strategy == "resident":
             moved += 2 * element

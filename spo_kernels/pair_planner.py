@@ -191,7 +191,7 @@ def _pairwise_candidates(
         own = 1 if is_margin else max(map(len, pair_rows), default=0)
         buffers = own * (streamed > 0) + (len(groups) > streamed or streamed > 1)
         fixed = acc * (buffers * head + sizes.N * row_grads) + _ROW_BYTES * sizes.N
-        largest = dataclasses.replace(sizes, N=max(pieces, default=0), gathered=True)
+        largest = dataclasses.replace(sizes, N=max(pieces, default=0), gathered=True, into=True)
         # the largest chunks that fit, or the smallest there are
         *_, chosen = model("resident", largest, budget_bytes - fixed)
         row_chunk, vocab_chunk, peak, moved = chosen

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spo_kernels import plan_linear_preference_loss
+from spo_kernels import _plan_models, plan_linear_preference_loss
 from spo_kernels.pair_planner import PairGroup, pair_groups
 
 LLAMA8B = {"hidden_size": 4096, "vocab_size": 128256, "dtype": torch.bfloat16}
@@ -134,3 +134,21 @@ def test_group_of_one():
     assert pair_groups([(5, 6)], 11) == [PairGroup(0, 1, False)]
     assert pair_groups([(5, 6)], 10) == [PairGroup(0, 1, True)]
     assert pair_groups([], 10) == []
+
+
+def test_few_rows_of_a_piece_take_no_other_engine(monkeypatch):
+    """Sums over pieces are fp32 whatever a call of so few rows would do by itself."""
+
+    def plan():
+        return plan_linear_preference_loss(
+            pair_rows=((64, 64, 64), (64, 64, 64)),
+            hidden_size=512,
+            vocab_size=32000,
+            dtype=torch.float16,
+            strategy="pairwise",
+            device="cuda:sm_90",
+        )
+
+    found = plan()
+    monkeypatch.setattr(_plan_models, "WEIGHT_KERNEL_ROWS", 0)
+    assert plan() == found
