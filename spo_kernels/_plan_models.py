@@ -231,6 +231,7 @@ def triton_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[in
     # a product is written in fp32 first, but for our kernel's
     is_own = s.item == 2 and s.N <= WEIGHT_KERNEL_ROWS and not s.into
     summed = s.H * ("weight" in s.needs and not is_own) + s.R * ("lora_b" in s.needs)
+    summed += "bias" in s.needs
     forward_rows = row_steps[-1]
     for rows in row_steps:
         forward_rows = rows

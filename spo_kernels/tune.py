@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from spo_kernels import _plan_models
 from spo_kernels._linear_inputs import planned_device
 from spo_kernels.linear_logprob import linear_logprob
 from spo_kernels.planner import device_facts, plan_linear_logprob
@@ -139,11 +140,12 @@ def race_engines(
         for N in rows:
             times = []
             for most in (N, 0):
-                strategies.WEIGHT_KERNEL_ROWS = most
+                # the plan counts what the engine takes
+                strategies.WEIGHT_KERNEL_ROWS = _plan_models.WEIGHT_KERNEL_ROWS = most
                 times.append(_tile_ms("recompute", ((N, *sizes),), device))
             found.append((N, *times))
     finally:
-        strategies.WEIGHT_KERNEL_ROWS = before
+        strategies.WEIGHT_KERNEL_ROWS = _plan_models.WEIGHT_KERNEL_ROWS = before
     return found
 
 

@@ -17,13 +17,14 @@ def warmup(step: Callable[[], object], *, rounds: int = 3) -> None:
     the host, so without ``scored_rows`` it scores every row, with kernels that an eager one need
     not have used; they are compiled and loaded in that capture, which allows it
     (``capture_error_mode="relaxed"``), and not in yours, which would fail. On a machine without a
-    GPU there is nothing to capture: the step runs once.
+    GPU there is nothing to capture: the step runs once. A capture computes nothing, so one more
+    eager run follows it: what the step leaves behind (``.grad``, say) holds numbers.
 
     Args:
         step: a function without arguments that runs forward and backward on the tensors that the
-            graph will read and write. It really runs ``rounds`` times: gradients accumulate, an
-            optimizer steps.
-        rounds: >= 1, eager runs.
+            graph will read and write. It really runs ``rounds + 1`` times: gradients accumulate,
+            an optimizer steps.
+        rounds: >= 1, eager runs before the capture.
     Raises: ValueError (rounds), TypeError (a step that cannot be called); what the step raises.
     Source: PyTorch's notes on CUDA graphs ask for the eager runs on a side stream.
     """
@@ -42,3 +43,4 @@ def warmup(step: Callable[[], object], *, rounds: int = 3) -> None:
     torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
         step()
+    step()

@@ -175,3 +175,22 @@ def test_measured_peak(cuda_device, rows, needs):
     returned = sum(t.numel() * t.element_size() for t in (hidden, weight) if t.requires_grad)
     peak = torch.cuda.max_memory_allocated() - before
     assert peak <= plan.peak_bytes + returned + (1 << 20)
+
+
+@pytest.mark.parametrize("rows", [16, 256, 5000])
+def test_gradient_of_a_bias_is_counted(rows):
+    """Its products are fp32, one number a column of the chunk, whatever makes the weight's."""
+    question = {
+        "rows": rows,
+        "hidden_size": 64,
+        "vocab_size": 128256,
+        "dtype": torch.bfloat16,
+        "gathered": False,
+        "strategy": "recompute",
+        "device": "cuda:sm_90",
+    }
+    without = plan_linear_logprob(needs_grad=("weight",), **question)
+    plan = plan_linear_logprob(needs_grad=("weight", "bias"), **question)
+    scratch = rows * plan.vocab_chunk * 2
+    assert plan.peak_bytes >= scratch + 4 * min(plan.vocab_chunk, 128256)
+    assert plan.peak_bytes >= without.peak_bytes or plan.vocab_chunk < without.vocab_chunk

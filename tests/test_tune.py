@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from spo_kernels import tune
+from spo_kernels import _plan_models, tune
 from spo_kernels._checks import triton_interpreter_on
 
 
@@ -92,7 +92,9 @@ def test_race_engines(monkeypatch):
     monkeypatch.setattr(linear_logprob_bwd_weight, "linear_logprob_bwd_weight", recorded)
     monkeypatch.setattr(tune, "_ROUNDS", 1)
     before = linear_logprob_strategies.WEIGHT_KERNEL_ROWS
+    assert before == _plan_models.WEIGHT_KERNEL_ROWS
     found = tune.race_engines(torch.device("cpu"), rows=(3, 5), sizes=(16, 300))
     assert [row[0] for row in found] == [3, 5] and all(min(row) > 0 for row in found)
     assert launches == [3, 3, 5, 5]
     assert before == linear_logprob_strategies.WEIGHT_KERNEL_ROWS
+    assert before == _plan_models.WEIGHT_KERNEL_ROWS
