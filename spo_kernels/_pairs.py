@@ -110,3 +110,13 @@ class Scored(NamedTuple):
     rank_grads: torch.Tensor | None = None  # [L, 2, P] dloss[rank] / dscore
     # [L, 2, P]: dloss / dstatistic, dstatistic / d(c - r)
     stats: torch.Tensor | None = None
+
+    @property
+    def kept(self) -> tuple[torch.Tensor | None, ...]:
+        """What a backward needs: the fields from ``grads`` on."""
+        return self[self._fields.index("grads") :]
+
+    @classmethod
+    def of_kept(cls, kept: Sequence[torch.Tensor | None]) -> "Scored":
+        """Return what a backward reads, from what was kept for it."""
+        return cls(*(None,) * (len(cls._fields) - len(kept)), *kept)

@@ -70,6 +70,11 @@ def gemm_units(strategy: str, needs: frozenset[str]) -> int:
     return 1 + products + (strategy == "recompute")
 
 
+def padded_columns(columns: int) -> int:
+    """Return the columns a row of tiles is allocated with; TMA and cuBLAS want them aligned too."""
+    return math.ceil(columns / COLUMN_PAD) * COLUMN_PAD
+
+
 def head_slice_columns(vocab_size: int, hidden_size: int, itemsize: int, copied: bool) -> int:
     """Return how many head rows the triton backend hands to a kernel at once."""
     if not copied:
@@ -185,7 +190,7 @@ def triton_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[in
     """Yield (row_chunk, vocab_chunk, peak_bytes, bytes_moved) of the triton backend."""
     width = s.H + s.R
     tiles = math.ceil(s.V / SUB_TILE_V)
-    padded_v = math.ceil(s.V / COLUMN_PAD) * COLUMN_PAD
+    padded_v = padded_columns(s.V)
     kept = 64 * s.N
     weight_pass = s.V * width * s.item
     cast = 0

@@ -10,8 +10,6 @@ from spo_kernels._pairs import GRAD_ROWS, Form, PairCall, PairData, Scored, Side
 _RESPONSES = ("chosen", "rejected", "response")
 # what a side has beside its log-probs
 _OTHERS = Side._fields[1:]
-# where the fields start that a backward needs
-_KEPT = Scored._fields.index("grads")
 
 
 def preference_loss_in_graph(
@@ -71,8 +69,7 @@ def _backward(
         None if like is None else Form(*like, mask, places)
         for like, mask, places in zip(likes, masks, offsets, strict=True)
     )
-    scored = Scored(*(None,) * _KEPT, *kept)
-    return preference_loss_bwd(grad_losses, scored, forms, call, needs)
+    return preference_loss_bwd(grad_losses, Scored.of_kept(kept), forms, call, needs)
 
 
 _in_graph = loss_in_graph(

@@ -109,8 +109,9 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
             if cap_slope is not None:
                 e.mul_(cap_slope)
             if exps is not None:
-                if _exp_gain(call) != 1.0:
-                    e.mul_(_exp_gain(call))
+                gain = _exp_gain(call)
+                if gain != 1.0:
+                    e.mul_(gain)
                 exps[part, v0 : v0 + head.width] = e[: stop - start]
                 exp_reference[part, tile_index] = reference[: stop - start]
             if call.strategy == "direction":

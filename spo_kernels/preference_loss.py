@@ -226,7 +226,7 @@ class _PreferenceLossFunction(torch.autograd.Function):
         outputs = (scored.losses, *scored.rewards, *scored.sums)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.call, ctx.forms = call, tuple(None if side is None else side.form for side in sides)
-        ctx.save_for_backward(*scored[_KEPT:])
+        ctx.save_for_backward(*scored.kept)
         return outputs
 
     @staticmethod
@@ -235,15 +235,11 @@ class _PreferenceLossFunction(torch.autograd.Function):
         others = (None,) * 5
         if grad_losses is None:
             return (None, None, None, *others)
-        scored = Scored(*(None,) * _KEPT, *ctx.saved_tensors)
+        scored = Scored.of_kept(ctx.saved_tensors)
         grads = loss_backend_of(ctx.call.backend).preference_loss_bwd(
             grad_losses, scored, ctx.forms, ctx.call, ctx.needs_input_grad[:3]
         )
         return (*grads, *others)
-
-
-# where the fields start that a backward needs
-_KEPT = Scored._fields.index("grads")
 
 
 def loss_backend_of(name: str):

@@ -20,10 +20,10 @@ from spo_kernels._call import (
     row_coefficients,
 )
 from spo_kernels._plan_models import (
-    COLUMN_PAD,
     SUB_TILE_V,
     WEIGHT_KERNEL_ROWS,
     head_slice_columns,
+    padded_columns,
 )
 from spo_kernels.kernels import linear_logprob as fwd
 from spo_kernels.kernels import linear_logprob_bwd as bwd
@@ -68,7 +68,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         own = call.compute_dtype == torch.float16
         mode = logits_tile.OWN_REFERENCE if own else logits_tile.ROW_REFERENCE
         write_exp = mode.value
-        shape = (min(call.row_chunk, N), _padded(V))
+        shape = (min(call.row_chunk, N), padded_columns(V))
         exps = torch.empty(shape, dtype=call.compute_dtype, device=device)[:, :V]
         # fp16 with one scale a row: the bytes of bf16, 8 times its precision
         if "hidden" in call.needs_grad:
@@ -79,7 +79,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         direction_scale = torch.empty(2, N, dtype=torch.float32, device=device)
     if call.strategy == "resident":
         write_exp = logits_tile.OWN_REFERENCE.value
-        exps = torch.empty(N, _padded(V), dtype=kept_dtype, device=device)[:, :V]
+        exps = torch.empty(N, padded_columns(V), dtype=kept_dtype, device=device)[:, :V]
         references = torch.empty(head.sub_tiles, N, dtype=torch.float32, device=device)
 
     for start in range(0, N, call.row_chunk):
@@ -195,7 +195,7 @@ def backward(
     if call.strategy == "direction":
         step = min(step, max(1, _FALLBACK_BYTES // max(1, N * dtype.itemsize) // 256) * 256)
     step = min(step, head.columns) if head.columns < V else step
-    scratch = torch.empty(N, _padded(step), dtype=dtype, device=device)
+    scratch = torch.empty(N, padded_columns(step), dtype=dtype, device=device)
     for v0 in range(0, V if N else 0, step):
         v1 = min(v0 + step, V)
         weight, bias, lora_b = head.slice(v0, v1)
@@ -436,11 +436,6 @@ def _tile(kernel: str, call: Call, hidden: torch.Tensor, weight: torch.Tensor) -
         shared_bytes=shared_bytes(device),
         tma=aligned and device.type == "cuda",
     )
-
-
-def _padded(columns: int) -> int:
-    # a TMA, cuBLAS or vector store wants a row stride of a multiple of 16 bytes
-    return cdiv(columns, COLUMN_PAD) * COLUMN_PAD
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
