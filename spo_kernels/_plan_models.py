@@ -14,8 +14,8 @@ _TORCH_SLICE_ELEMENTS = 1 << 22
 TORCH_MIN_ROWS = 16
 # row vectors of a chunk: labels, running sums, coefficients
 _TORCH_ROW_BYTES = 256
-# the triton forward finishes a tile in pieces of this many columns, one partial statistic each
-SUB_TILE_V = 32
+# the triton forward takes one partial statistic of this many columns
+PART_V = 64
 # rows of tiles end at a multiple of this many columns: 16 bytes of the compute dtype or more
 COLUMN_PAD = 8
 _TRITON_MIN_ROWS = 128
@@ -189,7 +189,7 @@ def torch_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int
 def triton_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield (row_chunk, vocab_chunk, peak_bytes, bytes_moved) of the triton backend."""
     width = s.H + s.R
-    tiles = math.ceil(s.V / SUB_TILE_V)
+    tiles = math.ceil(s.V / PART_V)
     padded_v = padded_columns(s.V)
     kept = 64 * s.N
     weight_pass = s.V * width * s.item
@@ -201,7 +201,7 @@ def triton_candidates(strategy: str, s: Sizes, budget: int) -> Iterator[tuple[in
     row_item = (s.item if s.gathered or s.cast_item else 0) + s.cast_item * s.gathered
 
     def partials(rows: int) -> int:
-        # one partial each per sub-tile, the reduction's row vectors, the rows themselves
+        # one partial each per part, the reduction's row vectors, the rows themselves
         return rows * tiles * 4 * s.stats + 64 * rows + rows * width * row_item
 
     if strategy in ("score", "direction"):

@@ -12,8 +12,12 @@ from spo_kernels.kernels import aot
 from spo_kernels.kernels.tiles import RACED, TILES
 from spo_kernels.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS
 
-# everything at once (softcap, bias, LoRA, all statistics) may spill this much, nothing else at all
+# everything at once (softcap, bias, LoRA, all statistics) may spill this much, fp32 tiles, whose
+# products take H instructions a logit, this much, nothing else at all
 EVERYTHING_STACK_BYTES = 64
+FLOAT_STACK_BYTES = 16
+# small tiles that are raced for a second program beside the first pay for it in a few spills
+RACED_STACK_BYTES = 128
 # what each kernel that moves tiles must load and store at once by a thread; 0: nothing to move
 TILE_BYTES = {
     "linear_logprob_fwd_kernel": (0, 16),
@@ -29,8 +33,11 @@ TILE_BYTES = {
 }
 
 
-def check(row: aot.AotRow) -> None:
-    ceiling = EVERYTHING_STACK_BYTES if row.tile.endswith("everything") else 0
+def check(row: aot.AotRow, ceiling: int = 0) -> None:
+    if row.tile.endswith("everything"):
+        ceiling = EVERYTHING_STACK_BYTES
+    elif " fp32 " in row.tile and ("_logits_" in row.kernel or "prob_fwd" in row.kernel):
+        ceiling = FLOAT_STACK_BYTES
     assert row.stack_bytes <= ceiling, row
     assert row.spill_bytes == 0, row
     assert row.shared_bytes <= row.shared_limit_bytes, row
@@ -101,13 +108,13 @@ def test_tile_rows(arch, kernel):
 @pytest.mark.parametrize("arch_class", [key[0] for key in RACED])
 @pytest.mark.parametrize("kind", ["fwd", "bwd"])
 def test_raced_tiles(arch_class, kind):
-    """What ``spo-kernels tune`` may put into the table keeps the table's ceilings."""
+    """What ``spo-kernels tune`` races keeps the ceilings of the table, but for a few spills."""
     kernel, variant = ("logprob_fwd", "dpo+exps") if kind == "fwd" else ("bwd_logits", "capped")
     for (candidates_for, loads), candidates in RACED.items():
         for tile in candidates if candidates_for == arch_class else ():
             tiles = {(kind, arch_class, "half", loads): tile}
             (row,) = aot.report((arch_class,), kernel, variant, tiles)
-            check(row)
+            check(row, RACED_STACK_BYTES)
 
 
 @pytest.mark.soak

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from logprob_cases import ALL_OUTPUTS, make_case, relative_norm
+from logprob_cases import ALL_OUTPUTS, DIFFERENTIABLE, make_case, relative_norm
 from test_linear_logprob import STRATEGIES, case_in_float, compare
 from torch.utils.checkpoint import checkpoint
 
@@ -62,6 +62,40 @@ def test_padding_columns(backend, softcap):
     case.tensors["bias"] = case.tensors["bias"] - 35
     compare(case, ("hidden",), strategy="direction", backend=name)
     compare(case, ("hidden", "weight", "bias"), strategy="recompute", backend=name)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "capped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_labels_in_few_columns(backend, dtype, softcap):
+    """Most tiles hold no label: the form of a tile that skips it, with every output."""
+    name, device = backend
+    extras = {"bias": True, "softcap": softcap, "upstream": DIFFERENTIABLE}
+    case = make_case(rows=40, H=24, V=700, dtype=dtype, device=device, **extras)
+    case.labels.copy_(torch.where(case.labels >= 0, 300 + case.labels % 20, case.labels))
+    for strategy, needs in (
+        ("direction", ("hidden",)),
+        ("resident", ("hidden", "weight")),
+        ("recompute", ("hidden", "weight")),
+    ):
+        compare(case, needs, strategy=strategy, backend=name, name=strategy)
+
+
+def test_labels_of_other_rows(backend):
+    """A row's outputs and gradient have the same bits wherever the other rows' labels are."""
+    name, device = backend
+    extras = {"bias": True, "ignored": 0.0, "upstream": DIFFERENTIABLE}
+    case = make_case(rows=40, H=24, V=700, dtype=torch.bfloat16, device=device, **extras)
+    found = []
+    for labels in (300 + case.labels % 20, torch.arange(40, device=device) * 17):
+        case.labels[1:] = labels[1:]
+        for strategy in ("direction", "resident", "recompute"):
+            out, grads = case.evaluate(
+                "op", ("hidden",), outputs=ALL_OUTPUTS, strategy=strategy, backend=name
+            )
+            found.append([*(value[0] for value in out.values()), grads["hidden"][0]])
+    for first, second in zip(found[:3], found[3:], strict=True):
+        for one, other in zip(first, second, strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("masked", ["first", "middle", "last", "all_but_target"])

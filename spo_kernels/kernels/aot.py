@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spo_kernels._plan_models import SUB_TILE_V
+from spo_kernels._plan_models import PART_V
 from spo_kernels.kernels import (
     bradley_terry_loss,
     degree_loss,
@@ -111,7 +111,7 @@ _COMPUTE_DTYPE = {
     "grad_hidden_ptr",
     "grad_weight_ptr",
 }
-_FLOATS = {"scale", "softcap", "inv_t", "outer", "slope", "ld_alpha", "divergence_power", "center"}
+_FLOATS = {"scale", "softcap", "outer", "slope", "ld_alpha", "divergence_power", "center"}
 
 _SIZES = {"row_tokens": "i32", "all_tokens": "i32"}
 _SUMS_SIDE = SidePointers(
@@ -209,7 +209,6 @@ def _cases(
                 **on,
                 "PRECISION": "ieee",
                 "USE_TMA": tile.tma,
-                "SUB_TILES": tile.sub_tiles,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_V": tile.block_v,
                 "BLOCK_H": tile.block_h,
@@ -228,6 +227,7 @@ def _cases(
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 shared_limit_bytes=limit,
+                max_registers=None if on.get("HAS_ENTROPY") else tile.max_registers,
                 unaligned=loads == "pointer" and (kind, arch_class, dtype_class, "tma") in tiles,
             )
     for arch in archs:
@@ -253,7 +253,7 @@ def _small_kernels() -> Iterator[tuple[Any, str, dict[str, Any], int]]:
         blocks = {"BLOCK_S": rows.REDUCE_BLOCK_S, "BLOCK_N": rows.REDUCE_BLOCK_N}
         switches = {"STATS": _ALL_STATS, "WRITE_EXP": mode}
         yield rows._linear_logprob_reduce_kernel, f"fp32 mode {mode}", {**switches, **blocks}, 3
-        blocks = {"BLOCK_N": rows.RESCALE_BLOCK_N, "SUB_V": SUB_TILE_V}
+        blocks = {"BLOCK_N": rows.RESCALE_BLOCK_N, "BLOCK_V": PART_V}
         yield (
             rows._linear_logprob_rescale_kernel,
             f"bf16 mode {mode}",
@@ -267,7 +267,7 @@ def _small_kernels() -> Iterator[tuple[Any, str, dict[str, Any], int]]:
     }
     yield rows._linear_logprob_direction_kernel, "bf16", direction, 3
     for entropy in (False, True):
-        blocks = {"BLOCK_N": linear_logprob_bwd.EXPS_BLOCK_N, "BLOCK_V": SUB_TILE_V}
+        blocks = {"BLOCK_N": linear_logprob_bwd.EXPS_BLOCK_N, "BLOCK_V": PART_V}
         switches = {"HAS_ENTROPY": entropy, "HAS_EVERYWHERE": entropy}
         kernel = linear_logprob_bwd._linear_logprob_bwd_exps_kernel
         yield kernel, f"bf16 entropy {entropy}", {**switches, **blocks}, 3

@@ -1,14 +1,16 @@
 """Fused forward of ``linear_logprob``: logits tile, row statistics, kept exponentials.
 
     z = cap((h W^T + bias + a b^T) * logit_scale) / temperature     one tile, never rounded
-    per sub-tile: m = max z, s = sum_{v != y} exp(z - m), sum exp(z - m) z, sum exp(z - m)^2, sum z
+    per part: m = max z, s = sum_{v != y} exp(z - m), sum exp(z - m) z, sum exp(z - m)^2, sum z
 
-Symbols: N rows, V vocab, H hidden, R LoRA rank, S sub-tiles of the vocabulary. One program of the
-forward owns BLOCK_N x BLOCK_V logits at a time and walks the grid with a stride (persistent); the
-accumulator is finished in SUB_TILES column pieces so that its epilogue stays in registers. Products
-accumulate in fp32. The exponentials are kept, 0 at the label, relative to one reference a row
-(bf16 and fp32, ready for a product) or to a power of two above their sub-tile's maximum
-(fp16, which has no exponent range; rescaling by powers of two is exact there).
+Symbols: N rows, V vocab, H hidden, R LoRA rank, S parts of the vocabulary. One program of the
+forward owns BLOCK_N x BLOCK_V logits at a time and walks the grid with a stride (persistent). The
+accumulator is finished part by part, in pieces added up before lanes are, so that the epilogue
+stays in registers; a part without a label, as nearly all are, takes a form without the label's
+comparisons (7 instructions a logit instead of 15 for log-probs on sm_90). Products accumulate in fp32. The
+exponentials are kept, 0 at the label, relative to one reference a row (bf16 and fp32, ready for a
+product) or to a power of two above their part's maximum (fp16, which has no exponent range;
+rescaling by powers of two is exact there).
 """
 
 import torch
@@ -17,10 +19,14 @@ import triton.language as tl
 
 from spo_kernels.kernels.device import cdiv, device_guard, program_count, round_to
 from spo_kernels.kernels.logits_tile import (
+    CAPPED,
     ENTROPY,
     FP16_GAIN,
+    LEAST,
     LOG2E,
     MEAN,
+    PART_V,
+    PIECE_V,
     REFERENCE_SLACK,
     ROW_REFERENCE,
     SQUARES,
@@ -29,8 +35,8 @@ from spo_kernels.kernels.logits_tile import (
     logits_tile,
     operand,
     padded,
+    pieces_of,
     precision_of,
-    sub_tiles_of,
     tile_of,
     transform,
 )
@@ -38,14 +44,13 @@ from spo_kernels.kernels.tiles import Tile
 
 
 @triton.jit
-def _finish_sub_tile(
-    acc,
+def _finish_part(
+    pieces,  # of transformed logits, left to right
     v0,
-    sub,
+    part,
     offs_n,
     mask_n,
-    bias_ptr,
-    labels_ptr,
+    label,
     reference_ptr,
     part_max_ptr,
     part_sum_ptr,
@@ -57,72 +62,111 @@ def _finish_sub_tile(
     exps_ptr,
     N,
     V,
-    v_start,
     stride_exps_n,
-    scale,
-    softcap,
-    inv_t,
-    HAS_BIAS: tl.constexpr,
+    tanh_scale,
     TRANSFORM: tl.constexpr,
     STATS: tl.constexpr,
     WRITE_EXP: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
-    SUB_V: tl.constexpr = acc.shape[1]
-    # 32-bit columns inside the sub-tile keep the epilogue out of 64-bit arithmetic
-    cols = tl.arange(0, SUB_V)
-    mask_v = cols < V - v0
-    z, slope = transform(
-        acc, bias_ptr + v0, cols, mask_v, scale, softcap, inv_t, HAS_BIAS, TRANSFORM
-    )
-    label = local_label(labels_ptr, offs_n, mask_n, v_start + v0, SUB_V)
-    hit = cols[None, :] == label[:, None]
-    out = sub.to(tl.int64) * N + offs_n
+    # PLAIN: every column is inside V and no row's label is among them. What both forms have is
+    # computed alike, so that a row's bits do not depend on the labels of other rows
+    PIECES: tl.constexpr = PART_V // PIECE_V
+    # 32-bit columns inside a piece keep the epilogue out of 64-bit arithmetic
+    cols = tl.arange(0, PIECE_V)[None, :]
+    out = part.to(tl.int64) * N + offs_n
+    others = ()
+    for i in tl.static_range(PIECES):
+        z = pieces[i]
+        if PLAIN:
+            plain = z
+        else:
+            inside = cols < V - v0 - i * PIECE_V
+            hit = cols == (label - i * PIECE_V)[:, None]
+            is_before = cols < (label - i * PIECE_V)[:, None]
+            plain = tl.where(inside, z, 0.0)
+            on_label = tl.where(hit, z, 0.0)
+            before = tl.where(is_before, z, float("-inf"))
+            # the label's own term is added from its logit: 1 - p_label must not cancel
+            z = tl.where(inside & (cols != (label - i * PIECE_V)[:, None]), z, float("-inf"))
+        others = others + (z,)
+        if i == 0:
+            largest = z
+            acc_plain = plain
+            if not PLAIN:
+                acc_label = on_label
+                acc_before = before
+        else:
+            largest = tl.maximum(largest, z)
+            acc_plain += plain
+            if not PLAIN:
+                acc_label += on_label
+                acc_before = tl.maximum(acc_before, before)
     if (MEAN & STATS) != 0:
-        plain = tl.sum(tl.where(mask_v[None, :], z, 0.0), 1)
-        tl.store(part_plain_ptr + out, plain, mask=mask_n)
-    # columns past V lose again here what the softcap gave them
-    z = tl.where(mask_v[None, :], z, float("-inf"))
-    part_max = tl.max(z, 1)
-    own = tl.where(part_max == float("-inf"), 0.0, part_max)
-    e = tl.exp2((z - own[:, None]) * LOG2E)
-    # the label's own term is added from its logit: 1 - p_label must not cancel
-    others = tl.where(hit, 0.0, e)
-    tl.store(part_max_ptr + out, part_max, mask=mask_n)
-    tl.store(part_sum_ptr + out, tl.sum(others, 1), mask=mask_n)
-    if (ENTROPY & STATS) != 0:
-        weighted = tl.sum(tl.where(z == float("-inf"), 0.0, e * z), 1)
-        tl.store(part_weighted_ptr + out, weighted, mask=mask_n)
-    if (SQUARES & STATS) != 0:
-        tl.store(part_squares_ptr + out, tl.sum(e * e, 1), mask=mask_n)
-    # exactly one sub-tile owns a label, so this store has one writer
-    owns = mask_n & (label >= 0) & (label < V - v0)
-    if tl.sum(owns.to(tl.int32), 0) > 0:
-        target = tl.sum(tl.where(hit, z, 0.0), 1)
+        tl.store(part_plain_ptr + out, tl.sum(acc_plain, 1), mask=mask_n)
+    part_max = tl.max(largest, 1)
+    if not PLAIN:
+        # exactly one part owns a label, so these stores have one writer
+        owns = mask_n & (label >= 0) & (label < V - v0)
+        target = tl.where(owns, tl.sum(acc_label, 1), float("-inf"))
         tl.store(target_ptr + offs_n, target, mask=owns)
         if (TOP1 & STATS) != 0:
-            ahead = (z > target[:, None]) | (
-                (z == target[:, None]) & (cols[None, :] < label[:, None])
-            )
-            beaten = tl.max(ahead.to(tl.int32), 1)
-            # how many sub-tiles stand before this one, or -1 - that if the label loses in its own
-            place = tl.where(beaten == 0, sub, -1 - sub)
-            tl.store(top1_ptr + offs_n, place, mask=owns)
+            # the first maximum wins a tie
+            beaten = (part_max > target) | (tl.max(acc_before, 1) >= target)
+            # how many parts stand before this one, or -1 - that if the label loses in its own
+            tl.store(top1_ptr + offs_n, tl.where(beaten, -1 - part, part), mask=owns)
+        part_max = tl.maximum(part_max, target)
+    tl.store(part_max_ptr + out, part_max, mask=mask_n)
+    own = tl.where(part_max == float("-inf"), 0.0, part_max)
     if WRITE_EXP != 0:
         gain = FP16_GAIN * tl.exp2(own * LOG2E - tl.ceil(own * LOG2E))
         if WRITE_EXP == ROW_REFERENCE:
             reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
             far = part_max > reference + REFERENCE_SLACK
             gain = tl.where(far, 1.0, tl.exp2((own - reference) * LOG2E))
-        # an exponential of 0 stays 0 whatever its row's reference
-        kept = tl.where(others == 0.0, 0.0, others * slope * gain[:, None])
-        tl.store(
-            exps_ptr + v0 + offs_n[:, None] * stride_exps_n + cols[None, :],
-            round_to(kept, exps_ptr.dtype.element_ty),
-            mask=mask_n[:, None] & (cols < padded(V) - v0)[None, :],
-        )
+        # exponentials of 0 stay 0 whatever their row's reference
+        gain = tl.where(part_max == float("-inf"), 0.0, gain)
+    for i in tl.static_range(PIECES):
+        e = tl.exp2((others[i] - own[:, None]) * LOG2E)
+        # the least float keeps 0 * -inf out
+        finite = tl.maximum(others[i], LEAST)
+        if i == 0:
+            acc_sum = e
+            acc_weighted = e * finite
+            acc_squares = e * e
+        else:
+            acc_sum += e
+            acc_weighted = tl.fma(e, finite, acc_weighted)
+            acc_squares = tl.fma(e, e, acc_squares)
+        if WRITE_EXP != 0:
+            kept = e * gain[:, None]
+            if TRANSFORM == CAPPED:
+                tanh = finite * tanh_scale
+                # a column past V has no slope
+                kept = tl.where(kept == 0.0, 0.0, kept * (1.0 - tanh * tanh))
+            mask = mask_n[:, None]
+            if not PLAIN:
+                mask = mask & (cols < padded(V) - v0 - i * PIECE_V)
+            tl.store(
+                exps_ptr + v0 + i * PIECE_V + offs_n[:, None] * stride_exps_n + cols,
+                round_to(kept, exps_ptr.dtype.element_ty),
+                mask=mask,
+            )
+    tl.store(part_sum_ptr + out, tl.sum(acc_sum, 1), mask=mask_n)
+    weighted = tl.sum(acc_weighted, 1)
+    squares = tl.sum(acc_squares, 1)
+    if not PLAIN:
+        e_label = tl.exp2((target - own) * LOG2E)
+        weighted += e_label * tl.maximum(target, LEAST)
+        squares += e_label * e_label
+    if (ENTROPY & STATS) != 0:
+        tl.store(part_weighted_ptr + out, weighted, mask=mask_n)
+    if (SQUARES & STATS) != 0:
+        tl.store(part_squares_ptr + out, squares, mask=mask_n)
 
 
-@triton.jit
+# sizes must not pick the code of a row's sums, nor compile it again for each batch
+@triton.jit(do_not_specialize=["N", "V", "R", "v_start", "first_part"])
 def _linear_logprob_fwd_kernel(
     hidden,  # [N, H] pointer or descriptor
     weight,  # [V, H] pointer or descriptor: one slice of the head
@@ -137,20 +181,19 @@ def _linear_logprob_fwd_kernel(
     part_squares_ptr,  # [S, N] fp32, out
     part_plain_ptr,  # [S, N] fp32, out
     target_ptr,  # [N] fp32, out: target logit
-    top1_ptr,  # [N] int32, out: sub-tile of the label, -1 - sub-tile where it loses there
+    top1_ptr,  # [N] int32, out: part of the label, -1 - part where it loses there
     exps_ptr,  # [N, V] out, 0 up to the padded V
     N,
     V,
     H,
     R,
     v_start,
-    first_sub,
+    first_part,
     stride_hidden_n,
     stride_weight_v,
     stride_exps_n,
     scale,
     softcap,
-    inv_t,
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
     TRANSFORM: tl.constexpr,
@@ -158,14 +201,14 @@ def _linear_logprob_fwd_kernel(
     WRITE_EXP: tl.constexpr,
     PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr,
-    SUB_TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    SUB_V: tl.constexpr = BLOCK_V // SUB_TILES
+    PARTS: tl.constexpr = BLOCK_V // PART_V
+    PIECES: tl.constexpr = PART_V // PIECE_V
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
     for tile in range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
@@ -179,17 +222,35 @@ def _linear_logprob_fwd_kernel(
         )  # fmt: skip
         offs_n = n0.to(tl.int64) + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        pieces = sub_tiles_of(acc_logits, SUB_TILES)
-        for i in tl.static_range(SUB_TILES):
-            # a sub-tile wholly past V has no partial to write
-            if v0 + i * SUB_V < V:
-                _finish_sub_tile(
-                    pieces[i], v0 + i * SUB_V, first_sub + block_v * SUB_TILES + i, offs_n, mask_n,
-                    bias_ptr, labels_ptr, reference_ptr, part_max_ptr, part_sum_ptr,
-                    part_weighted_ptr, part_squares_ptr, part_plain_ptr, target_ptr, top1_ptr,
-                    exps_ptr, N, V, v_start, stride_exps_n, scale, softcap, inv_t,
-                    HAS_BIAS, TRANSFORM, STATS, WRITE_EXP,
-                )  # fmt: skip
+        pieces = pieces_of(acc_logits, BLOCK_V // PIECE_V)
+        for i in tl.static_range(PARTS):
+            first = v0 + i * PART_V
+            # a part wholly past V has nothing to write
+            if first < V:
+                label = local_label(labels_ptr, offs_n, mask_n, v_start + first, PART_V)
+                logits = ()
+                for j in tl.static_range(PIECES):
+                    column = first + j * PIECE_V
+                    logits = logits + (
+                        transform(
+                            pieces[i * PIECES + j], bias_ptr + column, V - column, scale, softcap,
+                            HAS_BIAS, TRANSFORM,
+                        ),
+                    )  # fmt: skip
+                if (tl.max(label, 0) < 0) & (first + PART_V <= V):
+                    _finish_part(
+                        logits, first, first_part + block_v * PARTS + i, offs_n, mask_n, label,
+                        reference_ptr, part_max_ptr, part_sum_ptr, part_weighted_ptr,
+                        part_squares_ptr, part_plain_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
+                        stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP, True,
+                    )  # fmt: skip
+                else:
+                    _finish_part(
+                        logits, first, first_part + block_v * PARTS + i, offs_n, mask_n, label,
+                        reference_ptr, part_max_ptr, part_sum_ptr, part_weighted_ptr,
+                        part_squares_ptr, part_plain_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
+                        stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP, False,
+                    )  # fmt: skip
 
 
 def linear_logprob_fwd(
@@ -204,13 +265,12 @@ def linear_logprob_fwd(
     reference: torch.Tensor | None,
     exps: torch.Tensor | None,
     v_start: int,
-    first_sub: int,
+    first_part: int,
     stats: int,
     write_exp: int,
     transform_kind: int,
     scale: float,
     softcap: float,
-    inv_t: float,
     tile: Tile,
 ) -> None:
     """Fill the partials of one weight slice.
@@ -247,13 +307,12 @@ def linear_logprob_fwd(
             H=H,
             R=0 if lora_b is None else lora_b.shape[1],
             v_start=v_start,
-            first_sub=first_sub,
+            first_part=first_part,
             stride_hidden_n=hidden.stride(0),
             stride_weight_v=weight.stride(0),
             stride_exps_n=0 if exps is None else exps.stride(0),
             scale=scale,
             softcap=softcap,
-            inv_t=inv_t,
             HAS_BIAS=bias is not None,
             HAS_LORA=lora_b is not None,
             TRANSFORM=transform_kind,
@@ -261,7 +320,6 @@ def linear_logprob_fwd(
             WRITE_EXP=write_exp,
             PRECISION=precision_of(hidden.dtype),
             USE_TMA=tile.tma,
-            SUB_TILES=tile.sub_tiles,
             BLOCK_N=tile.block_n,
             BLOCK_V=tile.block_v,
             BLOCK_H=tile.block_h,
@@ -270,4 +328,5 @@ def linear_logprob_fwd(
             num_warps=tile.num_warps,
             enable_fp_fusion=True,
             num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
         )

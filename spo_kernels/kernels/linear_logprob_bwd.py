@@ -12,17 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels._plan_models import SUB_TILE_V
+from spo_kernels._plan_models import PART_V
 from spo_kernels.kernels.device import cdiv, device_guard, program_count, round_to
 from spo_kernels.kernels.logits_tile import (
+    CAPPED,
     FP16_GAIN,
+    LEAST_LOG_P,
     LOG2E,
+    PIECE_V,
     local_label,
     logits_tile,
     operand,
     padded,
+    pieces_of,
     precision_of,
-    sub_tiles_of,
     tile_of,
     transform,
 )
@@ -31,12 +34,11 @@ from spo_kernels.kernels.tiles import Tile
 
 @triton.jit
 def _store_gradient(
-    acc,
+    z,
     v0,
     offs_n,
     mask_n,
-    bias_ptr,
-    labels_ptr,
+    label,
     logsumexp_ptr,
     entropy_ptr,
     on_p_ptr,
@@ -45,51 +47,49 @@ def _store_gradient(
     everywhere_ptr,
     grad_ptr,
     V,
-    v_start,
     stride_grad_n,
-    scale,
-    softcap,
-    inv_t,
+    tanh_scale,
     outer,
-    HAS_BIAS: tl.constexpr,
     TRANSFORM: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_EVERYWHERE: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
-    SUB_V: tl.constexpr = acc.shape[1]
-    # 32-bit columns inside the sub-tile keep the epilogue out of 64-bit arithmetic
-    cols = tl.arange(0, SUB_V)
-    mask_v = cols < V - v0
-    z, slope = transform(
-        acc, bias_ptr + v0, cols, mask_v, scale, softcap, inv_t, HAS_BIAS, TRANSFORM
-    )
+    # PLAIN: every column is inside V and no row's label is among them
+    # 32-bit columns inside the piece keep the epilogue out of 64-bit arithmetic
+    cols = tl.arange(0, z.shape[1])
     logsumexp = tl.load(logsumexp_ptr + offs_n, mask=mask_n, other=0.0)
-    on_p = tl.load(on_p_ptr + offs_n, mask=mask_n, other=0.0)
-    on_label = tl.load(on_label_ptr + offs_n, mask=mask_n, other=0.0)
-    label = local_label(labels_ptr, offs_n, mask_n, v_start + v0, SUB_V)
+    # outer is dz/dz0 without the softcap's part
+    on_p = tl.load(on_p_ptr + offs_n, mask=mask_n, other=0.0) * outer
     log_p = z - logsumexp[:, None]
-    p = tl.exp2(log_p * LOG2E)
+    grad = tl.exp2(log_p * LOG2E)
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
-        g_entropy = tl.load(g_entropy_ptr + offs_n, mask=mask_n, other=0.0)
-        # a probability of 0 has no part in an entropy
-        log_p = tl.where(log_p == float("-inf"), 0.0, log_p)
-        grad = p * (on_p[:, None] - g_entropy[:, None] * (log_p + entropy[:, None]))
+        g_entropy = tl.load(g_entropy_ptr + offs_n, mask=mask_n, other=0.0) * outer
+        # a probability of 0 has no part in an entropy, and 0 * -inf would be NaN
+        log_p = tl.maximum(log_p, LEAST_LOG_P)
+        grad *= on_p[:, None] - g_entropy[:, None] * (log_p + entropy[:, None])
     else:
-        grad = p * on_p[:, None]
+        grad *= on_p[:, None]
     if HAS_EVERYWHERE:
-        grad += tl.load(everywhere_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-    # outer is dz/dz0 without the softcap's part
-    grad = grad * slope * outer
-    grad = tl.where(cols[None, :] == label[:, None], on_label[:, None], grad)
+        everywhere = tl.load(everywhere_ptr + offs_n, mask=mask_n, other=0.0) * outer
+        grad += everywhere[:, None]
+    if TRANSFORM == CAPPED:
+        tanh = z * tanh_scale
+        grad *= 1.0 - tanh * tanh
+    mask = mask_n[:, None]
+    if not PLAIN:
+        on_label = tl.load(on_label_ptr + offs_n, mask=mask_n, other=0.0)
+        grad = tl.where(cols[None, :] == label[:, None], on_label[:, None], grad)
+        mask = mask & (cols < padded(V) - v0)[None, :]
     tl.store(
         grad_ptr + v0 + offs_n[:, None] * stride_grad_n + cols[None, :],
         round_to(grad, grad_ptr.dtype.element_ty),
-        mask=mask_n[:, None] & (cols < padded(V) - v0)[None, :],
+        mask=mask,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "R", "v_start"])
 def _linear_logprob_bwd_logits_kernel(
     hidden,  # [N, H] pointer or descriptor
     weight,  # [V, H] pointer or descriptor: one slice of the head
@@ -114,7 +114,6 @@ def _linear_logprob_bwd_logits_kernel(
     stride_grad_n,
     scale,
     softcap,
-    inv_t,
     outer,
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
@@ -123,14 +122,12 @@ def _linear_logprob_bwd_logits_kernel(
     HAS_EVERYWHERE: tl.constexpr,
     PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr,
-    SUB_TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    SUB_V: tl.constexpr = BLOCK_V // SUB_TILES
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
     for tile in range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
@@ -144,20 +141,33 @@ def _linear_logprob_bwd_logits_kernel(
         )  # fmt: skip
         offs_n = n0.to(tl.int64) + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        pieces = sub_tiles_of(acc_logits, SUB_TILES)
-        for i in tl.static_range(SUB_TILES):
-            _store_gradient(
-                pieces[i], v0 + i * SUB_V, offs_n, mask_n, bias_ptr, labels_ptr, logsumexp_ptr,
-                entropy_ptr, on_p_ptr, on_label_ptr, g_entropy_ptr, everywhere_ptr, grad_ptr,
-                V, v_start, stride_grad_n, scale, softcap, inv_t, outer,
-                HAS_BIAS, TRANSFORM, HAS_ENTROPY, HAS_EVERYWHERE,
-            )  # fmt: skip
+        parts = pieces_of(acc_logits, BLOCK_V // PIECE_V)
+        label = local_label(labels_ptr, offs_n, mask_n, v_start + v0, BLOCK_V)
+        is_plain = (tl.max(label, 0) < 0) & (v0 + BLOCK_V <= V)
+        for i in tl.static_range(BLOCK_V // PIECE_V):
+            first = v0 + i * PIECE_V
+            z = transform(
+                parts[i], bias_ptr + first, V - first, scale, softcap, HAS_BIAS, TRANSFORM
+            )
+            if is_plain:
+                _store_gradient(
+                    z, first, offs_n, mask_n, label, logsumexp_ptr, entropy_ptr, on_p_ptr,
+                    on_label_ptr, g_entropy_ptr, everywhere_ptr, grad_ptr, V, stride_grad_n,
+                    1.0 / softcap, outer, TRANSFORM, HAS_ENTROPY, HAS_EVERYWHERE, True,
+                )  # fmt: skip
+            else:
+                _store_gradient(
+                    z, first, offs_n, mask_n, label - i * PIECE_V, logsumexp_ptr, entropy_ptr,
+                    on_p_ptr, on_label_ptr, g_entropy_ptr, everywhere_ptr, grad_ptr, V,
+                    stride_grad_n, 1.0 / softcap, outer, TRANSFORM, HAS_ENTROPY, HAS_EVERYWHERE,
+                    False,
+                )  # fmt: skip
 
 
 @triton.jit
 def _linear_logprob_bwd_exps_kernel(
     exps_ptr,  # [N, V] fp16|fp32: one slice of the kept exponentials
-    part_max_ptr,  # [S, N] fp32: sub-tile maxima, what exps are relative to
+    part_max_ptr,  # [S, N] fp32: maxima of the parts, what exps are relative to
     labels_ptr,  # [N] int64
     logsumexp_ptr,  # [N] fp32
     entropy_ptr,  # [N] fp32
@@ -177,7 +187,7 @@ def _linear_logprob_bwd_exps_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # BLOCK_V is the forward's sub-tile, v_start a multiple of it
+    # BLOCK_V is the forward's part, v_start a multiple of it
     tiles_v = tl.cdiv(V, BLOCK_V)
     offs_n = (tl.program_id(0) // tiles_v).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     v0 = (tl.program_id(0) % tiles_v) * BLOCK_V
@@ -229,7 +239,6 @@ def linear_logprob_bwd_logits(
     transform_kind: int,
     scale: float,
     softcap: float,
-    inv_t: float,
     outer: float,
     tile: Tile,
 ) -> None:
@@ -268,7 +277,6 @@ def linear_logprob_bwd_logits(
             stride_grad_n=grad.stride(0),
             scale=scale,
             softcap=softcap,
-            inv_t=inv_t,
             outer=outer,
             HAS_BIAS=bias is not None,
             HAS_LORA=lora_b is not None,
@@ -277,7 +285,6 @@ def linear_logprob_bwd_logits(
             HAS_EVERYWHERE="everywhere" in vectors,
             PRECISION=precision_of(hidden.dtype),
             USE_TMA=tile.tma,
-            SUB_TILES=tile.sub_tiles,
             BLOCK_N=tile.block_n,
             BLOCK_V=tile.block_v,
             BLOCK_H=tile.block_h,
@@ -286,10 +293,12 @@ def linear_logprob_bwd_logits(
             num_warps=tile.num_warps,
             enable_fp_fusion=True,
             num_stages=tile.num_stages,
+            # the entropy's terms would spill
+            maxnreg=None if "g_entropy" in vectors else tile.max_registers,
         )
 
 
-EXPS_BLOCK_N = 64
+EXPS_BLOCK_N = 32
 
 
 def linear_logprob_bwd_exps(
@@ -309,7 +318,7 @@ def linear_logprob_bwd_exps(
     n, V = exps.shape
     nothing = vectors["on_p"]
     with device_guard(exps):
-        _linear_logprob_bwd_exps_kernel[(cdiv(n, EXPS_BLOCK_N) * cdiv(V, SUB_TILE_V),)](
+        _linear_logprob_bwd_exps_kernel[(cdiv(n, EXPS_BLOCK_N) * cdiv(V, PART_V),)](
             exps_ptr=exps,
             part_max_ptr=part_max,
             labels_ptr=labels,
@@ -329,7 +338,7 @@ def linear_logprob_bwd_exps(
             HAS_ENTROPY="g_entropy" in vectors,
             HAS_EVERYWHERE="everywhere" in vectors,
             BLOCK_N=EXPS_BLOCK_N,
-            BLOCK_V=SUB_TILE_V,
+            BLOCK_V=PART_V,
             num_warps=4,
             enable_fp_fusion=True,
         )

@@ -113,4 +113,5 @@ def linear_logprob_bwd_weight(
             num_warps=tile.num_warps,
             enable_fp_fusion=True,
             num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
         )

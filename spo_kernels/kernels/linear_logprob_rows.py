@@ -1,17 +1,17 @@
 """Row reductions of ``linear_logprob``: logsumexp and statistics, rescale, the direction's finish.
 
-    others    = sum_t s_t exp(m_t - M)                  over sub-tiles t in fixed order, y left out
+    others    = sum_t s_t exp(m_t - M)                  over parts t in fixed order, y left out
     logsumexp = M + log(others + exp(z_y - M));  rest = 1 - p_y = others / (others + exp(z_y - M))
     D         = rest slope_y W[y] - slope factor (exps W)
 
-Symbols: N rows, V vocab, H hidden, S sub-tiles of the vocabulary. All arithmetic is fp32.
+Symbols: N rows, V vocab, H hidden, S parts of the vocabulary. All arithmetic is fp32.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from spo_kernels._plan_models import SUB_TILE_V
+from spo_kernels._plan_models import PART_V
 from spo_kernels.kernels.device import cdiv, device_guard, round_to
 from spo_kernels.kernels.logits_tile import (
     ENTROPY,
@@ -88,7 +88,7 @@ def _linear_logprob_reduce_kernel(
         if (MEAN & STATS) != 0:
             acc_plain += tl.sum(tl.load(part_plain_ptr + offs, mask=mask, other=0.0), 0)
         if (TOP1 & STATS) != 0:
-            # the first maximum wins a tie: earlier sub-tiles must be lower, later ones not higher
+            # the first maximum wins a tie: earlier parts must be lower, later ones not higher
             before = offs_s[:, None] < place[None, :]
             after = offs_s[:, None] > place[None, :]
             wins = (before & (part_max >= target[None, :])) | (after & (part_max > target[None, :]))
@@ -116,7 +116,7 @@ def _linear_logprob_reduce_kernel(
     if WRITE_EXP == ROW_REFERENCE:
         tl.store(row_max_ptr + offs_n, row_max, mask=mask_n)
         reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
-        # rows with a far sub-tile are brought to their logsumexp by the rescale
+        # rows with a far part are brought to their logsumexp by the rescale
         far = row_max > reference + REFERENCE_SLACK
         factor = tl.where(far, 1.0, tl.exp2((reference - logsumexp) * LOG2E))
         tl.store(factor_ptr + offs_n, factor, mask=mask_n)
@@ -137,9 +137,9 @@ def _linear_logprob_rescale_kernel(
     stride_exps_n,
     WRITE_EXP: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SUB_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    tiles_v = tl.cdiv(V, SUB_V)
+    tiles_v = tl.cdiv(V, BLOCK_V)
     sub = tl.program_id(0) % tiles_v
     offs_n = (tl.program_id(0) // tiles_v).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -160,7 +160,7 @@ def _linear_logprob_rescale_kernel(
             factor = tl.exp2((own - logsumexp) * LOG2E)
         else:
             factor = tl.exp2(tl.ceil(own * LOG2E) - tl.ceil(logsumexp * LOG2E))
-        offs_v = sub.to(tl.int64) * SUB_V + tl.arange(0, SUB_V)
+        offs_v = sub.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
         mask = todo[:, None] & (offs_v < padded(V))[None, :]
         offs = offs_n[:, None] * stride_exps_n + offs_v[None, :]
         kept = tl.load(exps_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -242,8 +242,8 @@ def linear_logprob_reduce(
     stats: int,
     write_exp: int,
 ) -> None:
-    """Reduce the partials of every sub-tile in fixed order into the row outputs ``out``."""
-    sub_tiles, n = parts["max"].shape
+    """Reduce the partials of every part in fixed order into the row outputs ``out``."""
+    parts_v, n = parts["max"].shape
     nothing = parts["max"]
     with device_guard(nothing):
         _linear_logprob_reduce_kernel[(cdiv(n, REDUCE_BLOCK_N),)](
@@ -266,7 +266,7 @@ def linear_logprob_reduce(
             factor_ptr=out.get("factor", nothing),
             N=n,
             V=vocab_size,
-            S=sub_tiles,
+            S=parts_v,
             STATS=stats,
             WRITE_EXP=write_exp,
             BLOCK_S=REDUCE_BLOCK_S,
@@ -276,7 +276,7 @@ def linear_logprob_reduce(
         )
 
 
-RESCALE_BLOCK_N = 64
+RESCALE_BLOCK_N = 32
 
 
 def linear_logprob_rescale(
@@ -294,7 +294,7 @@ def linear_logprob_rescale(
     """
     n, V = exps.shape
     with device_guard(exps):
-        _linear_logprob_rescale_kernel[(cdiv(n, RESCALE_BLOCK_N) * cdiv(V, SUB_TILE_V),)](
+        _linear_logprob_rescale_kernel[(cdiv(n, RESCALE_BLOCK_N) * cdiv(V, PART_V),)](
             exps_ptr=exps,
             part_max_ptr=part_max,
             reference_ptr=row_max if reference is None else reference,
@@ -305,7 +305,7 @@ def linear_logprob_rescale(
             stride_exps_n=exps.stride(0),
             WRITE_EXP=write_exp,
             BLOCK_N=RESCALE_BLOCK_N,
-            SUB_V=SUB_TILE_V,
+            BLOCK_V=PART_V,
             num_warps=4,
             enable_fp_fusion=True,
         )

@@ -5,6 +5,7 @@ chunks; the backward walks vocab chunks with all rows inside, so each slice of g
 product.
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -20,7 +21,7 @@ from spo_kernels._call import (
     row_coefficients,
 )
 from spo_kernels._plan_models import (
-    SUB_TILE_V,
+    PART_V,
     WEIGHT_KERNEL_ROWS,
     head_slice_columns,
     padded_columns,
@@ -80,7 +81,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
     if call.strategy == "resident":
         write_exp = logits_tile.OWN_REFERENCE.value
         exps = torch.empty(N, padded_columns(V), dtype=kept_dtype, device=device)[:, :V]
-        references = torch.empty(head.sub_tiles, N, dtype=torch.float32, device=device)
+        references = torch.empty(head.parts, N, dtype=torch.float32, device=device)
 
     for start in range(0, N, call.row_chunk):
         stop = min(start + call.row_chunk, N)
@@ -266,7 +267,7 @@ class _Head:
         self.columns = head_slice_columns(
             weight.shape[0], weight.shape[1], call.compute_dtype.itemsize, copied
         )
-        self.sub_tiles = cdiv(weight.shape[0], SUB_TILE_V)
+        self.parts = cdiv(weight.shape[0], PART_V)
 
     def slice(self, v0: int, v1: int):
         """Return (weight, bias, lora_b) rows ``v0:v1``, each last-axis contiguous."""
@@ -317,7 +318,7 @@ def _score_chunk(
     stats = sum(bit for name, (_, bit) in _STATS.items() if name in call.outputs)
 
     def partial() -> torch.Tensor:
-        return torch.empty(head.sub_tiles, n, dtype=torch.float32, device=device)
+        return torch.empty(head.parts, n, dtype=torch.float32, device=device)
 
     parts = {"max": partial(), "sum": partial()}
     for name, (part, _) in _STATS.items():
@@ -339,7 +340,7 @@ def _score_chunk(
             reference=reference,
             exps=exps_slice,
             v_start=v0,
-            first_sub=v0 // SUB_TILE_V,
+            first_part=v0 // PART_V,
             stats=stats,
             write_exp=mode,
             tile=_tile("fwd", call, hidden, weight),
@@ -351,7 +352,7 @@ def _score_chunk(
         # one reference a row: its maximum over the first vocab tile
         weight, bias, lora_b = head.slice(0, min(_REFERENCE_COLUMNS, V))
         launch(0, weight, bias, lora_b, None, None, 0, 0)
-        reference = parts["max"][: cdiv(weight.shape[0], SUB_TILE_V)].amax(0)
+        reference = parts["max"][: cdiv(weight.shape[0], PART_V)].amax(0)
     for v0, weight, bias, lora_b in head.slices():
         exps_slice = None if exps is None else exps[:, v0 : v0 + weight.shape[0]]
         launch(v0, weight, bias, lora_b, reference, exps_slice, stats, write_exp)
@@ -398,12 +399,11 @@ def _transform_arguments(call: Call) -> dict[str, float | int]:
     if call.softcap is not None:
         return {
             "transform_kind": logits_tile.CAPPED.value,
-            "scale": call.logit_scale / call.softcap,
-            "softcap": call.softcap,
-            "inv_t": 1.0 / call.temperature,
+            "scale": 2.0 / math.log(2.0) * call.logit_scale / call.softcap,
+            "softcap": call.softcap / call.temperature,
         }
     kind = 0 if call.slope == 1.0 else logits_tile.SCALED.value
-    return {"transform_kind": kind, "scale": call.slope, "softcap": 1.0, "inv_t": 1.0}
+    return {"transform_kind": kind, "scale": call.slope, "softcap": 1.0}
 
 
 def _rows_of(call: Call, rows: Rows, inputs: Inputs, start: int, stop: int):

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 
 from spo_kernels._plan_models import COLUMN_PAD
+from spo_kernels._plan_models import PART_V as _PART_V
 from spo_kernels.kernels.device import INTERPRET
 from spo_kernels.kernels.tiles import Tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# a sub-tile this far above its row's reference keeps its own maximum as reference
+# a part this far above its row's reference keeps its own maximum as reference
 REFERENCE_SLACK = tl.constexpr(60.0)
 # fp16 exponentials use the head room above 1
 FP16_GAIN = tl.constexpr(32768.0)
@@ -30,6 +31,12 @@ CAPPED = tl.constexpr(2)
 ROW_REFERENCE = tl.constexpr(1)
 OWN_REFERENCE = tl.constexpr(2)
 _PAD = tl.constexpr(COLUMN_PAD)
+# columns of one partial statistic, and of the pieces its epilogue is finished in
+PART_V = tl.constexpr(_PART_V)
+PIECE_V = tl.constexpr(32)
+# the most negative finite number of fp32, and a log-probability whose exponential is 0
+LEAST = tl.constexpr(-3.4028234663852886e38)
+LEAST_LOG_P = tl.constexpr(-1000.0)
 
 
 @triton.jit
@@ -120,27 +127,26 @@ def logits_tile(
 def transform(
     z,
     bias_ptr,
-    cols,
-    mask_v,
+    columns,
     scale,
     softcap,
-    inv_t,
     HAS_BIAS: tl.constexpr,
     TRANSFORM: tl.constexpr,
 ):
-    """Return (z, 1 - tanh^2): the transformed logits and the softcap's slope (1 without one)."""
-    slope = 1.0
+    """Return the transformed logits of a tile, whose first ``columns`` are inside the vocabulary.
+
+    ``softcap`` is divided by the temperature; ``scale`` is logit_scale over the temperature or,
+    with a softcap, what makes z the exponent of 2 in tanh(x) = 1 - 2 / (1 + exp(2 x)).
+    """
     if HAS_BIAS:
-        z += tl.load(bias_ptr + cols, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+        cols = tl.arange(0, z.shape[1])
+        bias = tl.load(bias_ptr + cols, mask=cols < columns, other=0.0)
+        z += bias.to(tl.float32)[None, :]
     if TRANSFORM == SCALED:
-        # scale holds logit_scale / temperature
         z *= scale
     if TRANSFORM == CAPPED:
-        # tanh(x) = 2 sigmoid(2x) - 1; scale holds logit_scale / softcap
-        tanh = 2.0 * tl.sigmoid(2.0 * (z * scale)) - 1.0
-        slope = 1.0 - tanh * tanh
-        z = tanh * (softcap * inv_t)
-    return z, slope
+        z = softcap - (2.0 * softcap) / (1.0 + tl.exp2(z * scale))
+    return z
 
 
 @triton.jit
@@ -164,23 +170,17 @@ def _halves(x):
 
 
 @triton.jit
-def sub_tiles_of(x, SUB_TILES: tl.constexpr):
-    """Return the 2, 4 or 8 column pieces of a tile, left to right."""
-    tl.static_assert(SUB_TILES == 2 or SUB_TILES == 4 or SUB_TILES == 8)
-    left, right = _halves(x)
-    if SUB_TILES == 2:
-        return left, right
+def pieces_of(x, PIECES: tl.constexpr):
+    """Return the 1, 2, 4 or 8 column pieces of a tile, left to right."""
+    tl.static_assert(PIECES == 1 or PIECES == 2 or PIECES == 4 or PIECES == 8)
+    if PIECES == 1:
+        return (x,)
     else:
-        first, second = _halves(left)
-        third, fourth = _halves(right)
-        if SUB_TILES == 4:
-            return first, second, third, fourth
+        left, right = _halves(x)
+        if PIECES == 2:
+            return left, right
         else:
-            a, b = _halves(first)
-            c, d = _halves(second)
-            e, f = _halves(third)
-            g, h = _halves(fourth)
-            return a, b, c, d, e, f, g, h
+            return pieces_of(left, PIECES // 2) + pieces_of(right, PIECES // 2)
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -2,16 +2,18 @@
 
 A tile is never chosen by row count, strategy or outputs, so a row's log-prob has the same bits
 wherever it is computed. Rows were chosen by compiling ahead of time: the largest tile without
-spills with every output on (``spo-kernels aot`` prints the report); ``spo-kernels tune`` times
-them beside others on a GPU, no row is timed yet. Warp specialisation is in none: for sm_90 neither
-Triton 3.6 nor 3.9 emits it, for sm_100 3.6 fails to compile these kernels with it and 3.9 spills.
+spills under the outputs TRL asks for (``spo-kernels aot`` prints the report); ``spo-kernels tune``
+times them beside others on a GPU, no row is timed yet. Warp specialisation is in none: for sm_90
+neither Triton 3.6 nor 3.9 emits it, for sm_100 3.6 fails to compile these kernels with it and 3.9
+spills. One loop over tiles and their products, which would load a tile's first operands under the
+epilogue before it, is in none either: both versions then wait for each product (ptxas C7514).
 """
 
 import dataclasses
 
 import torch
 
-from spo_kernels._plan_models import SUB_TILE_V
+_SM_REGISTERS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,31 +31,34 @@ class Tile:
     group_n: int = 8
 
     @property
-    def sub_tiles(self) -> int:
-        """Column pieces the epilogue is finished in."""
-        return self.block_v // SUB_TILE_V
+    def max_registers(self) -> int:
+        """What a thread may use for ``programs_per_sm`` programs to run side by side."""
+        # registers are handed out 8 a thread
+        return min(255, _SM_REGISTERS // (32 * self.num_warps * self.programs_per_sm) // 8 * 8)
 
 
 # (kernel, architecture class, dtype class, loads). "tma" rows need 16-byte aligned rows, "pointer"
 # rows take anything.
-# for little shared memory, and for half rows that are not aligned: rare, and larger tiles spill
+# for little shared memory
 _SMALL = Tile(64, 128, 32, 4, 3, programs_per_sm=2)
-_FLOAT = Tile(64, 64, 16, 4, 2, programs_per_sm=4)
+# half rows that are not aligned: rare
+_UNALIGNED = Tile(128, 128, 32, 8, 3)
+_FLOAT = Tile(64, 64, 16, 4, 2, programs_per_sm=2)
 TILES: dict[tuple[str, str, str, str], Tile] = {
     ("fwd", "sm_80", "half", "pointer"): Tile(128, 256, 32, 8, 3),
-    ("fwd", "sm_90", "half", "pointer"): _SMALL,
+    ("fwd", "sm_90", "half", "pointer"): _UNALIGNED,
     ("fwd", "sm_90", "half", "tma"): Tile(128, 256, 64, 8, 3, tma=True),
-    ("fwd", "sm_100", "half", "pointer"): _SMALL,
-    ("fwd", "sm_100", "half", "tma"): Tile(128, 128, 64, 4, 3, tma=True, programs_per_sm=2),
+    ("fwd", "sm_100", "half", "pointer"): _UNALIGNED,
+    ("fwd", "sm_100", "half", "tma"): Tile(128, 256, 64, 8, 3, tma=True),
     ("fwd", "small", "half", "pointer"): _SMALL,
     ("fwd", "sm_80", "float", "pointer"): _FLOAT,
     ("fwd", "sm_90", "float", "pointer"): _FLOAT,
     ("fwd", "sm_100", "float", "pointer"): _FLOAT,
     ("fwd", "small", "float", "pointer"): _FLOAT,
     ("bwd", "sm_80", "half", "pointer"): Tile(128, 128, 32, 8, 3),
-    ("bwd", "sm_90", "half", "pointer"): _SMALL,
+    ("bwd", "sm_90", "half", "pointer"): _UNALIGNED,
     ("bwd", "sm_90", "half", "tma"): Tile(128, 128, 64, 8, 3, tma=True, programs_per_sm=2),
-    ("bwd", "sm_100", "half", "pointer"): _SMALL,
+    ("bwd", "sm_100", "half", "pointer"): _UNALIGNED,
     ("bwd", "sm_100", "half", "tma"): Tile(128, 128, 64, 4, 3, tma=True, programs_per_sm=2),
     ("bwd", "small", "half", "pointer"): _SMALL,
     ("bwd", "sm_80", "float", "pointer"): _FLOAT,
@@ -82,6 +87,7 @@ RACED: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(128, 256, 64, 8, 3, tma=True),
         Tile(128, 256, 64, 8, 4, tma=True),
         Tile(256, 128, 64, 8, 3, tma=True),
+        Tile(128, 128, 64, 8, 4, tma=True),
         Tile(128, 128, 64, 8, 3, tma=True, programs_per_sm=2),
         Tile(128, 128, 64, 4, 3, tma=True, programs_per_sm=2),
     ),
