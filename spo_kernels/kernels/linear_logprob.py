@@ -7,10 +7,10 @@ Symbols: N rows, V vocab, H hidden, R LoRA rank, S parts of the vocabulary. One 
 forward owns BLOCK_N x BLOCK_V logits at a time and walks the grid with a stride (persistent). The
 accumulator is finished part by part, in pieces added up before lanes are, so that the epilogue
 stays in registers; a part without a label, as nearly all are, takes a form without the label's
-comparisons (7 instructions a logit instead of 15 for log-probs on sm_90). Products accumulate in fp32. The
-exponentials are kept, 0 at the label, relative to one reference a row (bf16 and fp32, ready for a
-product) or to a power of two above their part's maximum (fp16, which has no exponent range;
-rescaling by powers of two is exact there).
+comparisons (7 instructions a logit instead of 15 for log-probs on sm_90). Products accumulate in
+fp32. The exponentials are kept, 0 at the label, relative to one reference a row (bf16 and fp32,
+ready for a product) or to a power of two above their part's maximum (fp16, which has no exponent
+range; rescaling by powers of two is exact there).
 """
 
 import torch
