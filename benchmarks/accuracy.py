@@ -78,8 +78,15 @@ def measure(
             skipped[name] = reason
     for seed in range(seeds):
         tensors, truth = oracle(make_tensors(workload, device, seed=seed), dpo_seed=seed)
-        for name in runnable:
-            found = distances(name, tensors, truth)
+        for name in tuple(runnable):
+            try:
+                found = distances(name, tensors, truth)
+            # a peer that fails must not take the others' rows with it
+            except Exception as error:
+                skipped[name] = providers.failure_of(name, error)
+                runnable.remove(name)
+                worst.pop(name, None)
+                continue
             held = worst.setdefault(name, found)
             for key, value in found.items():
                 if value is not None and not abs(value) <= abs(held[key]):

@@ -151,6 +151,13 @@ def why_not(name: str, workload: Workload, device: str) -> str | None:
     return None
 
 
+def failure_of(name: str, error: Exception) -> str:
+    """Return a peer's failure as the reason to leave it out; ours must run, and be right."""
+    if name.startswith(_OURS):
+        raise error
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def plan_of(
     workload: Workload, device: str, *, strategy: str = "auto", budget_bytes: int | None = None
 ) -> Plan:

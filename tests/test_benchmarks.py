@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,3 +288,40 @@ def test_plot_over_n(tmp_path):
     document = {"machine": {"device": "x"}, "commit": "y"}
     path = plots.draw_over_n(rows, document, tmp_path / "n.png")
     assert path.stat().st_size > 10_000
+
+
+def test_host_syncs():
+    """What the profiler waits for as it ends, and its copy of the span on the GPU, do not count."""
+
+    def event(name, start, end, device_type):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, time_range=span, device_type=device_type)
+
+    host, device = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [
+        event("measured pass", 10.0, 90.0, host),
+        event("measured pass", 15.0, 99.0, device),
+        event("_linear_logprob_fwd_kernel", 15.0, 30.0, device),
+        event("Memcpy DtoH", 31.0, 32.0, device),
+        event("aten::item", 28.0, 34.0, host),
+        event("cudaStreamSynchronize", 30.0, 33.0, host),
+        event("cudaDeviceSynchronize", 95.0, 99.0, host),
+    ]
+    assert gpu._host_syncs(events, gpu._GPU_SYNC_NAMES) == 1
+    assert gpu._host_syncs(events, gpu._CPU_SYNC_NAMES) == 1
+    assert sum(map(gpu._is_kernel, events)) == 1
+
+
+def test_a_peer_that_fails(monkeypatch):
+    """It is left out with its reason; a failure of ours is one of the stage."""
+
+    def fails(tensors):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(providers._LOG_PROBS, "trl", fails)
+    rows, skipped = accuracy.measure(["trl", "eager"], workloads.TINY, "cpu", seeds=2)
+    assert [row["provider"] for row in rows] == ["eager"]
+    assert skipped == {"trl": "RuntimeError: no such kernel"}
+    monkeypatch.setitem(providers._LOG_PROBS, "spo:recompute", fails)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        accuracy.measure(["spo:recompute"], workloads.TINY, "cpu", seeds=1)

@@ -348,7 +348,7 @@ def test_agrees_with_trl(backend, dtype, center, has_margins):
 
     def theirs(dtype):
         """Return TRL's loss, the gradient of the logits and the metrics."""
-        leaf = logits.to(dtype).requires_grad_()
+        leaf = logits.to(dtype, copy=True).requires_grad_()
         trainer = SimpleNamespace(
             model=SimpleNamespace(training=False),
             accelerator=SimpleNamespace(gather=lambda t: t, gather_for_metrics=lambda t: t),
@@ -365,7 +365,7 @@ def test_agrees_with_trl(backend, dtype, center, has_margins):
 
     oracle_loss, oracle_grad, metrics = theirs(torch.float64)
     trl_loss, trl_grad, _ = theirs(dtype)
-    leaf = logits.to(device).requires_grad_()
+    leaf = logits.to(device, copy=True).requires_grad_()
     out = bradley_terry_loss(
         *leaf.chunk(2),
         None if margins is None else margins.to(device),

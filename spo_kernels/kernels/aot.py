@@ -327,6 +327,8 @@ def _preference_cases(arch: str) -> Iterator[_Case]:
                     constexprs |= dict.fromkeys(absent)
                 constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
                 side = _TOKENS_SIDE if has_tokens else _SUMS_SIDE
+                if name == "no extras":
+                    side = side._replace(mask="constexpr", offsets="constexpr")
                 signature = _signature(kernel, constexprs, "fp32", None, side)
                 for place, argument in enumerate(signature.values()):
                     if argument is side:

@@ -78,44 +78,48 @@ def _token_sum(ptr, mask_ptr, start, end, tail, tail_weight, BLOCK_T: tl.constex
     return tl.sum(acc, axis=1)
 
 
+# no early return here: what follows one under a constexpr condition is compiled all the same
 @triton.jit
 def token_count(mask_ptr, start, end, BLOCK_T: tl.constexpr):
-    if mask_ptr is None:
-        return end - start
-    acc = tl.zeros([start.shape[0], BLOCK_T], tl.int64)
-    for t in range(0, tl.max(end - start, axis=0), BLOCK_T):
-        offs = start[:, None] + t + tl.arange(0, BLOCK_T)[None, :]
-        acc += _counts_of(mask_ptr, offs, offs < end[:, None]).to(tl.int64)
-    return tl.sum(acc, axis=1)
+    count = end - start
+    if mask_ptr is not None:
+        acc = tl.zeros([start.shape[0], BLOCK_T], tl.int64)
+        for t in range(0, tl.max(end - start, axis=0), BLOCK_T):
+            offs = start[:, None] + t + tl.arange(0, BLOCK_T)[None, :]
+            acc += _counts_of(mask_ptr, offs, offs < end[:, None]).to(tl.int64)
+        count = tl.sum(acc, axis=1)
+    return count
 
 
 @triton.jit
 def tail_of(mask_ptr, start, end, shared, BLOCK_T: tl.constexpr):
     # the first flat token after the first `shared` ones that count
     if mask_ptr is None:
-        return tl.minimum(start + shared, end)
-    running = tl.zeros_like(shared)
-    # where the block starts that holds it, and how many tokens count before
-    base, base_count = start, running
-    for t in range(0, tl.max(end - start, axis=0), BLOCK_T):
-        offs = start[:, None] + t + tl.arange(0, BLOCK_T)[None, :]
-        counted = _counts_of(mask_ptr, offs, offs < end[:, None])
-        running += tl.sum(counted.to(tl.int32), axis=1)
-        is_within = running <= shared
-        base = tl.where(is_within, start + (t + BLOCK_T), base)
-        base_count = tl.where(is_within, running, base_count)
-    lanes = tl.arange(0, BLOCK_T)[None, :]
-    offs = base[:, None] + lanes
-    counted = _counts_of(mask_ptr, offs, offs < end[:, None]).to(tl.int32)
-    # the most lanes that stay within the shared length, bit by bit: a scan would spill
-    k = tl.zeros_like(shared)
-    bit = BLOCK_T
-    while bit > 0:
-        wider = k + bit
-        count = tl.sum(tl.where(lanes < wider[:, None], counted, 0), axis=1)
-        k = tl.where((wider <= BLOCK_T) & (base_count + count <= shared), wider, k)
-        bit = bit // 2
-    return tl.minimum(base + k, end)
+        tail = start + shared
+    else:
+        running = tl.zeros_like(shared)
+        # where the block starts that holds it, and how many tokens count before
+        base, base_count = start, running
+        for t in range(0, tl.max(end - start, axis=0), BLOCK_T):
+            offs = start[:, None] + t + tl.arange(0, BLOCK_T)[None, :]
+            counted = _counts_of(mask_ptr, offs, offs < end[:, None])
+            running += tl.sum(counted.to(tl.int32), axis=1)
+            is_within = running <= shared
+            base = tl.where(is_within, start + (t + BLOCK_T), base)
+            base_count = tl.where(is_within, running, base_count)
+        lanes = tl.arange(0, BLOCK_T)[None, :]
+        offs = base[:, None] + lanes
+        counted = _counts_of(mask_ptr, offs, offs < end[:, None]).to(tl.int32)
+        # the most lanes that stay within the shared length, bit by bit: a scan would spill
+        k = tl.zeros_like(shared)
+        bit = BLOCK_T
+        while bit > 0:
+            wider = k + bit
+            count = tl.sum(tl.where(lanes < wider[:, None], counted, 0), axis=1)
+            k = tl.where((wider <= BLOCK_T) & (base_count + count <= shared), wider, k)
+            bit = bit // 2
+        tail = base + k
+    return tl.minimum(tail, end)
 
 
 @triton.jit
