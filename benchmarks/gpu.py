@@ -126,6 +126,10 @@ def stages_of(run: Run) -> Iterator[Stage]:
         yield f"linear-pairs-{workload.name}", lambda workload=workload: pair_rows(run, workload)
     shapes = [train_step.TINY_STEP] if run.tiny else train_step.gpu_steps(long=run.long)
     for shape in shapes:
+        reason = train_step.why_not(shape)
+        if reason is not None:
+            _show_skips(shape.workload, {"every trainer": reason})
+            continue
         yield shape.workload, lambda shape=shape: step_rows(run, shape)
     if run.long or run.tiny:
         yield "longest", lambda: longest_rows(run)
@@ -190,8 +194,14 @@ def time_rows(run: Run, workload: Workload) -> list[Row]:
             for name in runnable
         }
         peaks = {}
-        if run.on_gpu:
-            peaks = {name: memory.cuda_peak_bytes(call) for name, call in runs.items()}
+        for name, call in tuple(runs.items()) if run.on_gpu else ():
+            try:
+                peaks[name] = memory.cuda_peak_bytes(call)
+            except torch.cuda.OutOfMemoryError:
+                if name == "spo":
+                    raise
+                _show_skips(workload.name, {f"{name} {which}": "out of memory"})
+                del runs[name]
         runs["gemm"] = timing.bare_gemm(tensors)
         rounds = 2 if run.tiny else 7
         times = timing.race(
@@ -219,6 +229,10 @@ def launch_rows(run: Run) -> list[Row]:
     for case in workloads.both_heads(workload):
         tensors = workloads.make_tensors(case, run.device)
         for name in ("spo", "trl"):
+            reason = providers.why_not(name, case, run.device)
+            if reason is not None:
+                _show_skips(f"launches-{case.name}", {name: reason})
+                continue
             log_probs = providers.log_probs_of(name)
             row = _launches(
                 run, lambda f=log_probs, t=tensors: f(t), tensors.leaves, tensors.upstream
