@@ -88,7 +88,8 @@ def passes(program: str, tool: str, options: argparse.Namespace) -> bool:
     # the compiler's processes launch no kernel
     command += ["--target-processes", "application-only", "--print-limit", "20"]
     code, lines = run_under(command, options)
-    reason = next((line for line in lines if any(text in line for text in _CANNOT_RUN)), None)
+    own_lines = (line for line in lines if line.startswith("====="))
+    reason = next((line for line in own_lines if any(text in line for text in _CANNOT_RUN)), None)
     if code not in (0, _ERRORS_FOUND) and reason is not None:
         print(f"{tool} left out: {reason.strip()}", flush=True)
         return True

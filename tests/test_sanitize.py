@@ -54,7 +54,7 @@ def test_left_out_where_it_is_missing(monkeypatch, capsys):
         (0, "========= ERROR SUMMARY: 0 errors", 0, "memcheck: nothing found"),
         (99, "========= Invalid __global__ read", 1, "memcheck: something found"),
         (1, "========= Error: Device not supported", 0, "memcheck left out: ===="),
-        (1, "RuntimeError: of our own", 1, "RuntimeError: of our own"),
+        (1, "RuntimeError: Unable to, of ours", 1, "RuntimeError: Unable to, of ours"),
     ],
 )
 def test_verdicts(monkeypatch, capsys, code, line, status, printed):
