@@ -107,7 +107,7 @@ bench: $(SETUP)
 # started alone. What a stage ran out of time for goes on when it is started again: compiled kernels
 # stay in triton's cache, finished benchmarks in the result file
 gpu: gpu-present
-	@failed=0; run="$(MAKE) --no-print-directory"; \
+	@failed=0; run="$(MAKE) --no-print-directory -o gpu-present"; \
 	$$run gpu-test || failed=1; \
 	$$run gpu-bench GPU_BENCH_S=$$(($(GPU_S) - SECONDS)) || failed=1; \
 	$$run gpu-report || failed=1; \
@@ -115,7 +115,7 @@ gpu: gpu-present
 	exit $$failed
 
 gpu-long: gpu-present
-	@failed=0; run="$(MAKE) --no-print-directory"; \
+	@failed=0; run="$(MAKE) --no-print-directory -o gpu-present"; \
 	$$run gpu-test GPU_TEST_S=3600 || failed=1; \
 	$$run gpu-bench LONG=--long || failed=1; \
 	$$run gpu-report || failed=1; \
@@ -126,18 +126,20 @@ gpu-present: $(SETUP)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not (torch.version.cuda and torch.cuda.is_available()))' \
 		|| { echo "make gpu needs an NVIDIA GPU and a torch built for CUDA; $(PYTHON) sees none." >&2; exit 2; }
 
-# one compile process in each test process, or they would be hundreds
+# one compile process in each test process, or they would be hundreds. What times the GPU comes last,
+# when the others are gone
+gpu-test: GPU_PYTEST = TRITON_INTERPRET=0 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	timeout --signal=INT --kill-after=20 $(GPU_TEST_S) $(PYTEST) -p no:benchmark -rs
 gpu-test: gpu-present
 	@workers="-n $(GPU_WORKERS) --dist worksteal"; code=0; \
 	$(PYTHON) -c 'import hypothesis, pytest' \
 		|| { echo "the GPU tests need pytest and hypothesis" >&2; exit 2; }; \
 	$(PYTHON) -c 'import xdist' 2>/dev/null \
 		|| { workers=; echo "pytest-xdist is not installed: one process, minutes of compiling"; }; \
-	$(TEST_ENV) TRITON_INTERPRET=0 TORCHINDUCTOR_COMPILE_THREADS=1 \
-		timeout --signal=INT --kill-after=20 $(GPU_TEST_S) \
-		$(PYTEST) -p no:benchmark -m "gpu and not soak" --continue-on-collection-errors \
-			-rs --durations=10 $$workers || code=$$?; \
+	$(TEST_ENV) $(GPU_PYTEST) -m "gpu and not soak and not alone" --durations=10 \
+		--continue-on-collection-errors $$workers || code=$$?; \
 	test $$code -ne 124 || echo "out of time after $(GPU_TEST_S) s: run make gpu-test again"; \
+	$(GPU_PYTEST) -m "gpu and alone" $$(grep -l mark.alone tests/test_*.py) || code=$$?; \
 	exit $$code
 
 gpu-bench: gpu-present
