@@ -31,7 +31,16 @@ MATRIX_VENVS ?= .venv-matrix
 MATRIX_TESTS := $(sort $(wildcard tests/test_trl*.py tests/test_spo*.py)) tests/test_fuse_lm_head.py \
 	tests/test_train_real_pairs.py tests/test_cli.py
 
-.PHONY: help setup demo test test-matrix trl-tests lint bench aot gpu gpu-present gpu-test gpu-bench gpu-report
+# processes of the GPU tests: they wait for the compiler, not for the GPU
+GPU_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 14 ? 14 : n)))
+# seconds after which the GPU tests are interrupted, and after which no benchmark is started
+GPU_TEST_S ?= 180
+GPU_BENCH_S ?= 300
+# seconds of `make gpu` in which tests and benchmarks may start something; what follows takes a minute
+GPU_S := 430
+
+.PHONY: help setup demo test test-matrix trl-tests lint bench aot \
+	gpu gpu-long gpu-present gpu-test gpu-bench gpu-report gpu-sanitize
 
 help:
 	@echo "make demo    train a small model with SPO on the CPU, about two minutes"
@@ -40,7 +49,8 @@ help:
 	@echo "make trl-tests TRL_SOURCE=<checkout>  TRL's own trainer tests, unpatched and patched"
 	@echo "make lint    ruff"
 	@echo "make bench   benchmarks on this machine, then the report"
-	@echo "make gpu     GPU tests, benchmarks on the GPU, then the report"
+	@echo "make gpu     GPU tests, benchmarks, report, compute-sanitizer, in less than nine minutes"
+	@echo "make gpu-long  the same with every shape and every tool, without a time limit"
 	@echo "make aot     registers, spills and shared memory of every kernel, no GPU needed"
 	@echo "PYTHON=...   uses that interpreter instead of making .venv"
 
@@ -94,21 +104,52 @@ bench: $(SETUP)
 	$(PYTHON) -m benchmarks.report
 
 # the stages in order of value; a red one does not keep the later ones from running, each can be
-# started alone, and the benchmarks go on where an interrupted run of them stopped
+# started alone. What a stage ran out of time for goes on when it is started again: compiled kernels
+# stay in triton's cache, finished benchmarks in the result file
 gpu: gpu-present
-	@failed=0; \
-	for stage in gpu-test gpu-bench gpu-report; do $(MAKE) --no-print-directory $$stage || failed=1; done; \
+	@failed=0; run="$(MAKE) --no-print-directory -o gpu-present"; \
+	$$run gpu-test || failed=1; \
+	$$run gpu-bench GPU_BENCH_S=$$(($(GPU_S) - SECONDS)) || failed=1; \
+	$$run gpu-report || failed=1; \
+	$$run gpu-sanitize || failed=1; \
+	exit $$failed
+
+gpu-long: gpu-present
+	@failed=0; run="$(MAKE) --no-print-directory -o gpu-present"; \
+	$$run gpu-test GPU_TEST_S=3600 || failed=1; \
+	$$run gpu-bench LONG=--long || failed=1; \
+	$$run gpu-report || failed=1; \
+	$$run gpu-sanitize GPU_TOOLS="memcheck initcheck racecheck" GPU_TOOL_S=1800 || failed=1; \
 	exit $$failed
 
 gpu-present: $(SETUP)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not (torch.version.cuda and torch.cuda.is_available()))' \
 		|| { echo "make gpu needs an NVIDIA GPU and a torch built for CUDA; $(PYTHON) sees none." >&2; exit 2; }
 
+# one compile process in each test process, or they would be hundreds. What times the GPU comes last,
+# when the others are gone
+gpu-test: GPU_PYTEST = TRITON_INTERPRET=0 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	timeout --signal=INT --kill-after=20 $(GPU_TEST_S) $(PYTEST) -p no:benchmark -rs
 gpu-test: gpu-present
-	TRITON_INTERPRET=0 $(PYTEST) -m "gpu and not soak"
+	@workers="-n $(GPU_WORKERS) --dist worksteal"; code=0; \
+	$(PYTHON) -c 'import hypothesis, pytest' \
+		|| { echo "the GPU tests need pytest and hypothesis" >&2; exit 2; }; \
+	$(PYTHON) -c 'import xdist' 2>/dev/null \
+		|| { workers=; echo "pytest-xdist is not installed: one process, minutes of compiling"; }; \
+	$(TEST_ENV) $(GPU_PYTEST) -m "gpu and not soak and not alone" --durations=10 \
+		--continue-on-collection-errors $$workers || code=$$?; \
+	test $$code -ne 124 || echo "out of time after $(GPU_TEST_S) s: run make gpu-test again"; \
+	$(GPU_PYTEST) -m "gpu and alone" $$(grep -l mark.alone tests/test_*.py) || code=$$?; \
+	exit $$code
 
 gpu-bench: gpu-present
-	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu
+	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu --seconds $(GPU_BENCH_S) $(LONG)
+
+GPU_TOOLS ?= memcheck
+GPU_TOOL_S ?= 60
+
+gpu-sanitize: gpu-present
+	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.sanitize --tools $(GPU_TOOLS) --seconds $(GPU_TOOL_S)
 
 gpu-report: $(SETUP)
 	$(PYTHON) -m benchmarks.report

@@ -152,8 +152,12 @@ def why_not(name: str, workload: Workload, device: str) -> str | None:
 
 
 def failure_of(name: str, error: Exception) -> str:
-    """Return a peer's failure as the reason to leave it out; ours must run, and be right."""
-    if name.startswith(_OURS):
+    """Return a peer's failure as the reason to leave it out; ours must run, and be right.
+
+    A strategy of ours forced upon a shape may run out of memory.
+    """
+    is_forced = ":" in name and isinstance(error, torch.cuda.OutOfMemoryError)
+    if name.startswith(_OURS) and not is_forced:
         raise error
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 

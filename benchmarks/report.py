@@ -1,6 +1,7 @@
 """``python -m benchmarks.report``: result files -> the bars, the README's tables and the plots."""
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(headline(document))
         for bar in bars_for(document["rows"]):
             print("  " + bar_line(bar))
-    if not options.no_plots:
+    if not options.no_plots and importlib.util.find_spec("matplotlib") is None:
+        print("plots left out: matplotlib is not installed")
+    elif not options.no_plots:
         from benchmarks import plots
 
         for path in plots.draw_all(documents, options.results):

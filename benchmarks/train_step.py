@@ -5,6 +5,7 @@ what ``spo`` costs more than it is SPO's own cost.
 """
 
 import dataclasses
+import importlib.util
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,19 @@ def gpu_steps(*, long: bool) -> list[StepShape]:
         steps.append(dataclasses.replace(small, response_words=16384, lora=True))
         steps.append(StepShape("8b", 4096, 32, 128256, 1, 4096, "bfloat16", lora=True))
     return steps
+
+
+def why_not(shape: StepShape) -> str | None:
+    """Return why the steps of a shape cannot be made here, or None."""
+    modules = {"trl": "trl", "datasets": "datasets", "RAKE": "python-rake"}
+    if shape.lora:
+        modules["peft"] = "peft"
+    for module, package in modules.items():
+        if importlib.util.find_spec(module) is None:
+            return f"{package} is not installed"
+    if importlib.util.find_spec("spo_kernels.integrations") is None:
+        return "spo_kernels.integrations is not installed, see Developing in README.md"
+    return None
 
 
 def make_step(kind: str, shape: StepShape, folder: Path) -> tuple[Callable[[], Any], int]:
@@ -168,5 +182,8 @@ def _save_model(shape: StepShape, rows: list[dict[str, Any]], folder: Path) -> N
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(getattr(torch, shape.dtype)).save_pretrained(folder)
+    # drawing billions of weights takes a CPU minutes
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.to(getattr(torch, shape.dtype)).save_pretrained(folder)
     fast.save_pretrained(folder)

@@ -40,6 +40,7 @@ def test_measure():
     assert all(point.measured_ms > 0 for point in points)
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 def test_measure_on_a_gpu(cuda_device):
     flops, bandwidth = tune.fit(tune.measure(cuda_device))
