@@ -254,6 +254,7 @@ def _small_kernels() -> Iterator[tuple[Any, str, dict[str, Any], int]]:
         switches = {"STATS": _ALL_STATS, "WRITE_EXP": mode}
         yield rows._linear_logprob_reduce_kernel, f"fp32 mode {mode}", {**switches, **blocks}, 3
         blocks = {"BLOCK_N": rows.RESCALE_BLOCK_N, "BLOCK_V": PART_V}
+        blocks["SPLITS"] = rows.RESCALE_SPLITS
         yield (
             rows._linear_logprob_rescale_kernel,
             f"bf16 mode {mode}",

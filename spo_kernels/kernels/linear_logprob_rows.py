@@ -138,10 +138,10 @@ def _linear_logprob_rescale_kernel(
     WRITE_EXP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    tiles_v = tl.cdiv(V, BLOCK_V)
-    sub = tl.program_id(0) % tiles_v
-    offs_n = (tl.program_id(0) // tiles_v).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # nearly always no row is far and a program ends at once: few programs, each of many parts
+    offs_n = (tl.program_id(0) // SPLITS).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     logsumexp = tl.load(logsumexp_ptr + offs_n, mask=mask_n, other=0.0)
     todo = mask_n
@@ -151,22 +151,23 @@ def _linear_logprob_rescale_kernel(
         row_max = tl.load(row_max_ptr + offs_n, mask=mask_n, other=float("-inf"))
         todo = mask_n & (row_max > reference + REFERENCE_SLACK)
     if tl.sum(todo.to(tl.int32), 0) > 0:
-        part_max = tl.load(
-            part_max_ptr + sub.to(tl.int64) * N + offs_n, mask=todo, other=float("-inf")
-        )
-        own = tl.where(part_max == float("-inf"), 0.0, part_max)
-        if WRITE_EXP == ROW_REFERENCE:
-            own = tl.where(part_max > reference + REFERENCE_SLACK, own, reference)
-            factor = tl.exp2((own - logsumexp) * LOG2E)
-        else:
-            factor = tl.exp2(tl.ceil(own * LOG2E) - tl.ceil(logsumexp * LOG2E))
-        offs_v = sub.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-        mask = todo[:, None] & (offs_v < padded(V))[None, :]
-        offs = offs_n[:, None] * stride_exps_n + offs_v[None, :]
-        kept = tl.load(exps_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        # a row reference of -inf meets only exponentials of 0
-        kept = tl.where(kept == 0.0, 0.0, kept * factor[:, None])
-        tl.store(exps_ptr + offs, round_to(kept, exps_ptr.dtype.element_ty), mask=mask)
+        for part in range(tl.program_id(0) % SPLITS, tl.cdiv(V, BLOCK_V), SPLITS):
+            part_max = tl.load(
+                part_max_ptr + part.to(tl.int64) * N + offs_n, mask=todo, other=float("-inf")
+            )
+            own = tl.where(part_max == float("-inf"), 0.0, part_max)
+            if WRITE_EXP == ROW_REFERENCE:
+                own = tl.where(part_max > reference + REFERENCE_SLACK, own, reference)
+                factor = tl.exp2((own - logsumexp) * LOG2E)
+            else:
+                factor = tl.exp2(tl.ceil(own * LOG2E) - tl.ceil(logsumexp * LOG2E))
+            offs_v = part * BLOCK_V + tl.arange(0, BLOCK_V)
+            mask = todo[:, None] & (offs_v < padded(V))[None, :]
+            offs = offs_n[:, None] * stride_exps_n + offs_v[None, :]
+            kept = tl.load(exps_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            # a row reference of -inf meets only exponentials of 0
+            kept = tl.where(kept == 0.0, 0.0, kept * factor[:, None])
+            tl.store(exps_ptr + offs, round_to(kept, exps_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -277,6 +278,8 @@ def linear_logprob_reduce(
 
 
 RESCALE_BLOCK_N = 32
+# programs that share a block of rows
+RESCALE_SPLITS = 16
 
 
 def linear_logprob_rescale(
@@ -294,7 +297,7 @@ def linear_logprob_rescale(
     """
     n, V = exps.shape
     with device_guard(exps):
-        _linear_logprob_rescale_kernel[(cdiv(n, RESCALE_BLOCK_N) * cdiv(V, PART_V),)](
+        _linear_logprob_rescale_kernel[(cdiv(n, RESCALE_BLOCK_N) * RESCALE_SPLITS,)](
             exps_ptr=exps,
             part_max_ptr=part_max,
             reference_ptr=row_max if reference is None else reference,
@@ -306,6 +309,7 @@ def linear_logprob_rescale(
             WRITE_EXP=write_exp,
             BLOCK_N=RESCALE_BLOCK_N,
             BLOCK_V=PART_V,
+            SPLITS=RESCALE_SPLITS,
             num_warps=4,
             enable_fp_fusion=True,
         )
