@@ -151,7 +151,9 @@ def _linear_logprob_rescale_kernel(
         row_max = tl.load(row_max_ptr + offs_n, mask=mask_n, other=float("-inf"))
         todo = mask_n & (row_max > reference + REFERENCE_SLACK)
     if tl.sum(todo.to(tl.int32), 0) > 0:
-        for part in range(tl.program_id(0) % SPLITS, tl.cdiv(V, BLOCK_V), SPLITS):
+        split = tl.program_id(0) % SPLITS
+        for i in range(0, tl.cdiv(tl.cdiv(V, BLOCK_V) - split, SPLITS)):
+            part = split + i * SPLITS
             part_max = tl.load(
                 part_max_ptr + part.to(tl.int64) * N + offs_n, mask=todo, other=float("-inf")
             )

@@ -145,7 +145,7 @@ def transform(
     if TRANSFORM == SCALED:
         z *= scale
     if TRANSFORM == CAPPED:
-        z = softcap - (2.0 * softcap) / (1.0 + tl.exp2(z * scale))
+        z = (1.0 - 2.0 / (1.0 + tl.exp2(z * scale))) * softcap
     return z
 
 
