@@ -69,14 +69,14 @@ def test_padding_columns(backend, softcap):
 def test_labels_in_few_columns(backend, dtype, softcap):
     """Most tiles hold no label: the form of a tile that skips it, with every output."""
     name, device = backend
-    extras = {"bias": True, "softcap": softcap, "upstream": DIFFERENTIABLE}
-    case = make_case(rows=40, H=24, V=1200, dtype=dtype, device=device, **extras)
-    case.labels.copy_(torch.where(case.labels >= 0, 300 + case.labels % 20, case.labels))
-    for strategy, needs in (
-        ("direction", ("hidden",)),
-        ("resident", ("hidden", "weight")),
-        ("recompute", ("hidden", "weight")),
+    for strategy, needs, upstream in (
+        ("direction", ("hidden",), ("logps",)),
+        ("resident", ("hidden", "weight"), DIFFERENTIABLE),
+        ("recompute", ("hidden", "weight"), DIFFERENTIABLE),
     ):
+        extras = {"bias": True, "softcap": softcap, "upstream": upstream}
+        case = make_case(rows=40, H=24, V=1200, dtype=dtype, device=device, **extras)
+        case.labels.copy_(torch.where(case.labels >= 0, 300 + case.labels % 20, case.labels))
         compare(case, needs, strategy=strategy, backend=name, name=strategy)
 
 
