@@ -80,10 +80,11 @@ def test_labels_in_few_columns(backend, dtype, softcap):
         compare(case, needs, strategy=strategy, backend=name, name=strategy)
 
 
-def test_labels_of_other_rows(backend):
+@pytest.mark.parametrize("upstream", [("logps",), DIFFERENTIABLE], ids=["logps", "all"])
+def test_labels_of_other_rows(backend, upstream):
     """A row's outputs and gradient have the same bits wherever the other rows' labels are."""
     name, device = backend
-    extras = {"bias": True, "ignored": 0.0, "upstream": DIFFERENTIABLE}
+    extras = {"bias": True, "ignored": 0.0, "upstream": upstream}
     case = make_case(rows=40, H=24, V=700, dtype=torch.bfloat16, device=device, **extras)
     found = []
     for labels in (300 + case.labels % 20, torch.arange(40, device=device) * 17):
