@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 if triton_interpreter_on():
     pytest.skip("needs TRITON_INTERPRET=0 (make test runs it so)", allow_module_level=True)
 
+from spo_kernels._plan_models import padded_columns
 from spo_kernels.kernels import aot
 from spo_kernels.kernels.tiles import RACED, TILES
 from spo_kernels.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS
@@ -122,6 +123,12 @@ def test_every_variant():
     """The whole report of ``spo-kernels aot``; minutes."""
     for row in aot.report():
         check(row)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 77, 50257, 151665])
+def test_padded_strides(vocab_size):
+    """The report takes strides of tiles for multiples of 16: without that 2 bytes are stored."""
+    assert padded_columns(vocab_size) % 16 == 0
 
 
 def test_unknown_arch():
