@@ -37,7 +37,7 @@ GPU_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 14 ? 14 :
 GPU_TEST_S ?= 180
 GPU_BENCH_S ?= 300
 # seconds of `make gpu` in which tests and benchmarks may start something; what follows takes a minute
-GPU_S := 430
+GPU_S := 460
 
 .PHONY: help setup demo test test-matrix trl-tests lint bench aot \
 	gpu gpu-long gpu-present gpu-test gpu-bench gpu-report gpu-sanitize

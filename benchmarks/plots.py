@@ -27,13 +27,15 @@ _COLORS = {
 _STRATEGY_COLORS = {"direction": "#0b7a43", "resident": "#7fc29b", "recompute": "#1f5fa8"}
 _NOTHING_FITS = "#f1d4d4"
 _MIB = 1 << 20
+_BARS_N = 8192
 
 
 def draw_all(documents: Sequence[dict], folder: Path) -> list[Path]:
     """Draw every picture there is data for and return the files."""
     paths = []
     for document in documents:
-        kind = "time" if any(row["kind"] == "time" for row in document["rows"]) else "bar"
+        is_gpu = any(row["kind"] == "time" for row in document["rows"])
+        kind, label = ("time", "gpu") if is_gpu else ("bar", "cpu")
         rows = [
             row
             for row in document["rows"]
@@ -43,12 +45,13 @@ def draw_all(documents: Sequence[dict], folder: Path) -> list[Path]:
             and not row.get("error")
         ]
         if rows:
-            label = "gpu" if kind == "time" else "cpu"
+            # one N of a GPU's many: the pictures over N show the others
+            at_one_n = [row for row in rows if row["rows"] == _BARS_N]
+            rows = at_one_n if is_gpu and at_one_n else rows
             floors = [row for row in document["rows"] if row.get("provider") == "gemm"]
             paths.append(_draw_times(rows, floors, document, folder / f"time-memory-{label}.png"))
         sweep = [row for row in document["rows"] if row["kind"] in ("sweep", "time")]
         sweep = [row for row in sweep if row["pass"] == "forward_backward"]
-        label = "gpu" if any(row["kind"] == "time" for row in sweep) else "cpu"
         for shape in sorted({row["shape"] for row in sweep}):
             chosen = [row for row in sweep if row["shape"] == shape]
             if len({row["rows"] for row in chosen}) > 1:
@@ -89,8 +92,9 @@ def _draw_times(rows: list[Row], floors: list[Row], document: dict, path: Path) 
         axis.spines[["top", "right"]].set_visible(False)
     _draw_floor(axes, workloads, rows, floors)
     axes[0].set_yticks(range(len(workloads)), workloads)
-    axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8, loc="lower right")
+    axes[0].set_ylim(len(workloads) - 0.4, -0.6)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=len(labels), loc="outside lower center")
     figure.suptitle(f"linear_logprob, {document['machine']['device']}, commit {document['commit']}")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         for path in plots.draw_all(documents, options.results):
             print(f"wrote {path.name}")
-    if not write_readme(options.readme, render(documents)):
+    text = render(documents, pictures_of(options.results))
+    if not write_readme(options.readme, text):
         print(
             f"report: {options.readme.name} has no {BEGIN} ... {END}; left as it is",
             file=sys.stderr,
@@ -86,8 +87,15 @@ def bar_line(bar: bars_of.Bar) -> str:
     return line if bar.met else f"{line} ({bar.cause})"
 
 
-def render(documents: list[dict]) -> str:
-    """Return the README's part: per machine the bars, the times and the accuracy."""
+def pictures_of(folder: Path) -> list[Path]:
+    """Return the pictures of times and memory that lie in a folder."""
+    return [
+        path for kind in ("time-memory", "over-n") for path in sorted(folder.glob(f"{kind}-*.png"))
+    ]
+
+
+def render(documents: list[dict], pictures: Iterable[Path] = ()) -> str:
+    """Return the README's part: per machine the bars, times and accuracy, then the pictures."""
     parts = []
     for document in documents:
         rows = document["rows"]
@@ -106,6 +114,9 @@ def render(documents: list[dict]) -> str:
         parts.append("Made by " + ", ".join(f"`{command}`" for command in commands) + ".")
     parts.append(_promise_table(documents))
     parts.append(_longest_table(documents))
+    for path in pictures:
+        what = path.stem.removeprefix("time-memory-").replace("over-n-", "over N, ")
+        parts.append(f"![Time and memory: {what}](benchmarks/results/{path.name})")
     return "\n\n".join(part for part in parts if part)
 
 

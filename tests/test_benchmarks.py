@@ -225,6 +225,7 @@ def test_report(gpu_results, tmp_path, capsys):
     assert "host syncs" in text and "`python -m benchmarks.gpu --tiny`" in text
     assert "against 2 bare GEMMs" in capsys.readouterr().out
     assert (gpu_results.parent / "strategies.png").stat().st_size > 10_000
+    assert "![Time and memory: gpu](benchmarks/results/time-memory-gpu.png)" in text
     again = readme.read_text()
     assert report.main(["--results", folder, "--readme", str(readme), "--no-plots"]) == 0
     assert readme.read_text() == again
