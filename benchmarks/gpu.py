@@ -163,21 +163,21 @@ def longest_rows(run: Run) -> list[Row]:
 
 
 def accuracy_rows(run: Run, dtype: str) -> list[Row]:
-    """Every strategy and peer against fp64, random and peaked, at the design's shape and V 128k."""
-    shapes = [workloads.TINY if run.tiny else workloads.ACCURACY]
-    if not run.tiny and dtype == "bf16":
-        shapes.append(Workload("accuracy-large", 512, *workloads.MODEL_SHAPES["llama8b"]))
+    """Every strategy and peer against fp64 at one small shape, TRL and ours at models' shapes."""
     names = [name for name in providers.NAMES if name not in ("torch.compile", "spo")]
+    shape = workloads.TINY if run.tiny else workloads.ACCURACY
+    cases = [(dataclasses.replace(shape, peaked=peaked), names, 3) for peaked in (False, True)]
+    few = [name for name in names if name in ("eager", "trl") or name.startswith("spo")]
+    for model in () if run.tiny else ("qwen05", "gemma1b", "llama8b"):
+        shape = Workload(model, 256, *workloads.MODEL_SHAPES[model], peaked=True)
+        cases.append((shape, few, 1))
     rows = []
-    for shape in shapes:
-        for peaked in (False, True):
-            for case in workloads.both_heads(
-                dataclasses.replace(shape, dtype=dtype, peaked=peaked)
-            ):
-                seeds = 1 if shape.shape == "accuracy-large" else 3
-                found, skipped = accuracy.measure(names, case, run.device, seeds=seeds)
-                rows += found
-                _show_skips(case.name, skipped)
+    for shape, chosen, seeds in cases:
+        for case in workloads.both_heads(dataclasses.replace(shape, dtype=dtype)):
+            found, skipped = accuracy.measure(chosen, case, run.device, seeds=seeds)
+            rows += found
+            _show_skips(case.name, skipped)
+            _free(run)
     return rows
 
 

@@ -184,7 +184,10 @@ def _prediction_table(rows: list[Row]) -> str:
 
 def _promise_table(documents: list[dict]) -> str:
     """Return a line for every promise about a GPU: the worst ratio, unmeasured, or left out."""
-    found = [bar for document in documents for bar in bars_of.gpu_bars(document["rows"])]
+    found = []
+    for document in documents:
+        bars = bars_of.gpu_bars(document["rows"])
+        found += [*bars, *bars_of.accuracy_bars(document["rows"])] if bars else []
     lines = []
     for promise, limit, what in bars_of.GPU_PROMISES:
         mine = [bar for bar in found if what and bar.what.startswith(what)]

@@ -118,6 +118,17 @@ def test_bars_of_preference_loss():
     }
 
 
+def test_bar_of_accuracy_against_trl():
+    """At every shape; a missing TRL gives no bar."""
+    row = {"kind": "accuracy", "shape": "qwen05", "workload": "w", "dtype": "bf16"}
+    rows = [{**row, "provider": "trl", "max_dlogp": 0.05}]
+    rows += [{**row, "provider": f"spo:{name}", "max_dlogp": 1e-6} for name in ("a", "b")]
+    rows[-1]["max_dlogp"] = 1e-4
+    (bar,) = bars.accuracy_bars(rows)
+    assert (bar.what, bar.ratio, bar.met) == ("max_dlogp against TRL's", pytest.approx(2e-3), False)
+    assert bars.accuracy_bars(rows[1:]) == []
+
+
 def test_bars_of_linear_preference_loss():
     row = {"kind": "linear_pairs", "workload": "w", "pairs": 1, "rows": 32768, "device": "cuda"}
     rows = [{**row, "provider": "liger", "median_ms": 10.0, "peak_bytes": 100}]

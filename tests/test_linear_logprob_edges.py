@@ -347,6 +347,45 @@ def test_large_offsets_gpu(cuda_device):
     assert torch.allclose(out.logps, expected, atol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("strategy", "needs"),
+    [
+        ("direction", ("hidden",)),
+        ("resident", ("hidden", "weight")),
+        ("recompute", ("hidden", "weight")),
+    ],
+    ids=str,
+)
+def test_large_tiles_gpu(cuda_device, strategy, needs):
+    """Fault 1: exponentials and tiles of N * V = 2.2e9; the last rows against themselves alone."""
+    N, V, H, last = 16_500, 131_072, 64, 100
+    hidden = torch.randn(N, H, device=cuda_device, dtype=torch.bfloat16)
+    weight = torch.randn(V, H, device=cuda_device, dtype=torch.bfloat16) / 8
+    labels = torch.randint(V, (N,), device=cuda_device)
+    # only the last rows count, so the head's gradient is theirs alone
+    upstream = torch.zeros(N, device=cuda_device)
+    upstream[-last:] = torch.randn(last, device=cuda_device)
+    found = []
+    for rows in (slice(0, N), slice(N - last, N)):
+        leaves = {"hidden": hidden[rows].clone(), "weight": weight.clone()}
+        for name in needs:
+            leaves[name].requires_grad_()
+        out = linear_logprob(
+            leaves["hidden"],
+            leaves["weight"],
+            labels[rows],
+            strategy=strategy,
+            budget_bytes=16 << 30,
+        )
+        out.logps.backward(upstream[rows])
+        found.append((out.logps[-last:], *(leaves[name].grad for name in needs)))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, whole, alone in zip(needs, found[0][1:], found[1][1:], strict=True):
+        whole = whole[-last:] if name == "hidden" else whole
+        assert relative_norm(whole, alone) < 5e-3
+
+
 def test_views_of_labels_and_lora(backend):
     """Every row scored: strided or expanded labels and a column slice as LoRA b are read right."""
     name, device = backend

@@ -164,7 +164,7 @@ def _linear_logprob_bwd_logits_kernel(
                 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "v_start"])
 def _linear_logprob_bwd_exps_kernel(
     exps_ptr,  # [N, V] fp16|fp32: one slice of the kept exponentials
     part_max_ptr,  # [S, N] fp32: maxima of the parts, what exps are relative to

@@ -16,7 +16,7 @@ from spo_kernels.kernels.logits_tile import operand, tile_of
 from spo_kernels.kernels.tiles import Tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V"])
 def _linear_logprob_bwd_weight_kernel(
     grad,  # [N, V] pointer or descriptor
     hidden,  # [N, H] pointer or descriptor

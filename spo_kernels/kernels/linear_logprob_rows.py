@@ -125,7 +125,7 @@ def _linear_logprob_reduce_kernel(
         tl.store(factor_ptr + offs_n, factor, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V"])
 def _linear_logprob_rescale_kernel(
     exps_ptr,  # [N, V] compute dtype, in place
     part_max_ptr,  # [S, N] fp32
