@@ -323,14 +323,14 @@ def _aot(arguments: Sequence[str]) -> int:
     table.add_column("instruction")
     for row in rows:
         sizes = (row.registers, row.stack_bytes, row.spill_bytes, row.shared_bytes)
-        over = row.spill_bytes or row.shared_bytes > row.shared_limit_bytes
+        over = row.spill_bytes or row.shared_bytes > row.shared_limit_bytes or row.is_serialized
         table.add_row(
             row.kernel.removesuffix("_kernel"),
             row.arch,
             row.tile,
             *map(str, (*sizes, row.shared_limit_bytes)),
             f"{row.load_bytes}/{row.store_bytes} B",
-            row.instruction,
+            row.instruction + ", serialized" * row.is_serialized,
             style="red" if over else None,
         )
     # a file or a pipe has no width of its own

@@ -400,13 +400,14 @@ def test_aot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         instruction="wgmma",
         load_bytes=8,
         store_bytes=16,
+        is_serialized=True,
     )
     asked = []
     monkeypatch.setattr(aot, "report", lambda archs: asked.append(archs) or [row])
     assert cli.main(["aot", "--archs", "sm_90"]) == 0
     printed = capsys.readouterr().out
     assert asked == [("sm_90",)]
-    for word in ("some_op_fwd", "sm_90", "240", "8/16 B", "wgmma"):
+    for word in ("some_op_fwd", "sm_90", "240", "8/16 B", "wgmma", "serialized"):
         assert word in printed
 
     def fail(archs: tuple[str, ...]) -> None:
