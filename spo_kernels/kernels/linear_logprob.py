@@ -64,6 +64,7 @@ def _finish_part(
     V,
     stride_exps_n,
     tanh_scale,
+    HAS_BIAS: tl.constexpr,
     TRANSFORM: tl.constexpr,
     STATS: tl.constexpr,
     WRITE_EXP: tl.constexpr,
@@ -128,8 +129,10 @@ def _finish_part(
         gain = tl.where(part_max == float("-inf"), 0.0, gain)
     for i in tl.static_range(PIECES):
         e = tl.exp2((others[i] - own[:, None]) * LOG2E)
-        # the least float keeps 0 * -inf out
-        finite = tl.maximum(others[i], LEAST)
+        finite = others[i]
+        if HAS_BIAS or not PLAIN:
+            # the least float keeps 0 * -inf out; without a bias no logit is -inf
+            finite = tl.maximum(finite, LEAST)
         if i == 0:
             acc_sum = e
             acc_weighted = e * finite
@@ -242,14 +245,14 @@ def _linear_logprob_fwd_kernel(
                         logits, first, first_part + block_v * PARTS + i, offs_n, mask_n, label,
                         reference_ptr, part_max_ptr, part_sum_ptr, part_weighted_ptr,
                         part_squares_ptr, part_plain_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                        stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP, True,
+                        stride_exps_n, 1.0 / softcap, HAS_BIAS, TRANSFORM, STATS, WRITE_EXP, True,
                     )  # fmt: skip
                 else:
                     _finish_part(
                         logits, first, first_part + block_v * PARTS + i, offs_n, mask_n, label,
                         reference_ptr, part_max_ptr, part_sum_ptr, part_weighted_ptr,
                         part_squares_ptr, part_plain_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                        stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP, False,
+                        stride_exps_n, 1.0 / softcap, HAS_BIAS, TRANSFORM, STATS, WRITE_EXP, False,
                     )  # fmt: skip
 
 
