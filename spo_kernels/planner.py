@@ -284,7 +284,7 @@ def choose(
         )
     best = min(fitting, key=lambda c: (c.time_ms, c.peak_bytes))
     return Plan(
-        **dataclasses.asdict(best),
+        **vars(best),
         budget_bytes=budget_bytes,
         rows=sizes.N,
         hidden_size=sizes.H,
