@@ -40,7 +40,7 @@ GPU_BENCH_S ?= 300
 GPU_S := 460
 
 .PHONY: help setup demo test test-matrix trl-tests lint bench aot \
-	gpu gpu-long gpu-present gpu-test gpu-bench gpu-report gpu-sanitize
+	gpu gpu-long gpu-present gpu-test gpu-bench gpu-report gpu-sanitize gpu-tune
 
 help:
 	@echo "make demo    train a small model with SPO on the CPU, about two minutes"
@@ -50,7 +50,7 @@ help:
 	@echo "make lint    ruff"
 	@echo "make bench   benchmarks on this machine, then the report"
 	@echo "make gpu     GPU tests, benchmarks, report, compute-sanitizer, in less than nine minutes"
-	@echo "make gpu-long  the same with every shape and every tool, without a time limit"
+	@echo "make gpu-long  the same with every shape and every tool, without a time limit, and tune"
 	@echo "make aot     registers, spills and shared memory of every kernel, no GPU needed"
 	@echo "PYTHON=...   uses that interpreter instead of making .venv"
 
@@ -120,6 +120,7 @@ gpu-long: gpu-present
 	$$run gpu-bench LONG=--long || failed=1; \
 	$$run gpu-report || failed=1; \
 	$$run gpu-sanitize GPU_TOOLS="memcheck initcheck racecheck" GPU_TOOL_S=1800 || failed=1; \
+	$$run gpu-tune || failed=1; \
 	exit $$failed
 
 gpu-present: $(SETUP)
@@ -150,6 +151,10 @@ GPU_TOOL_S ?= 60
 
 gpu-sanitize: gpu-present
 	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.sanitize --tools $(GPU_TOOLS) --seconds $(GPU_TOOL_S)
+
+# prints the planner's rates, the raced tiles and both engines of the head's gradient
+gpu-tune: gpu-present
+	TRITON_INTERPRET=0 $(PYTHON) -m spo_kernels.cli tune --device cuda
 
 gpu-report: $(SETUP)
 	$(PYTHON) -m benchmarks.report
