@@ -7,7 +7,7 @@ Symbols: N rows, V vocab, H hidden, R LoRA rank, S parts of the vocabulary. One 
 forward owns BLOCK_N x BLOCK_V logits at a time and walks the grid with a stride (persistent). The
 accumulator is finished part by part, in pieces added up before lanes are, so that the epilogue
 stays in registers; a part without a label, as nearly all are, takes a form without the label's
-comparisons (7 instructions a logit instead of 15 for log-probs on sm_90). Products accumulate in
+comparisons (6 instructions a logit instead of 14 for log-probs on sm_90). Products accumulate in
 fp32. The exponentials are kept, 0 at the label, relative to one reference a row (bf16 and fp32,
 ready for a product) or to a power of two above their part's maximum (fp16, which has no exponent
 range; rescaling by powers of two is exact there).
@@ -52,11 +52,6 @@ def _finish_part(
     mask_n,
     label,
     reference_ptr,
-    part_max_ptr,
-    part_sum_ptr,
-    part_weighted_ptr,
-    part_squares_ptr,
-    part_plain_ptr,
     target_ptr,
     top1_ptr,
     exps_ptr,
@@ -75,7 +70,6 @@ def _finish_part(
     PIECES: tl.constexpr = PART_V // PIECE_V
     # 32-bit columns inside a piece keep the epilogue out of 64-bit arithmetic
     cols = tl.arange(0, PIECE_V)[None, :]
-    out = part.to(tl.int64) * N + offs_n
     others = ()
     for i in tl.static_range(PIECES):
         z = pieces[i]
@@ -103,12 +97,10 @@ def _finish_part(
             if not PLAIN:
                 acc_label += on_label
                 acc_before = tl.maximum(acc_before, before)
-    if (MEAN & STATS) != 0:
-        tl.store(part_plain_ptr + out, tl.sum(acc_plain, 1), mask=mask_n)
     part_max = tl.max(largest, 1)
     if not PLAIN:
         # exactly one part owns a label, so these stores have one writer
-        owns = mask_n & (label >= 0) & (label < V - v0)
+        owns = mask_n & (label >= 0) & (label < PART_V) & (label < V - v0)
         target = tl.where(owns, tl.sum(acc_label, 1), float("-inf"))
         tl.store(target_ptr + offs_n, target, mask=owns)
         if (TOP1 & STATS) != 0:
@@ -117,7 +109,6 @@ def _finish_part(
             # how many parts stand before this one, or -1 - that if the label loses in its own
             tl.store(top1_ptr + offs_n, tl.where(beaten, -1 - part, part), mask=owns)
         part_max = tl.maximum(part_max, target)
-    tl.store(part_max_ptr + out, part_max, mask=mask_n)
     own = tl.where(part_max == float("-inf"), 0.0, part_max)
     if WRITE_EXP != 0:
         gain = FP16_GAIN * tl.exp2(own * LOG2E - tl.ceil(own * LOG2E))
@@ -155,17 +146,34 @@ def _finish_part(
                 round_to(kept, exps_ptr.dtype.element_ty),
                 mask=mask,
             )
-    tl.store(part_sum_ptr + out, tl.sum(acc_sum, 1), mask=mask_n)
+    part_sum = tl.sum(acc_sum, 1)
     weighted = tl.sum(acc_weighted, 1)
     squares = tl.sum(acc_squares, 1)
     if not PLAIN:
         e_label = tl.exp2((target - own) * LOG2E)
         weighted += e_label * tl.maximum(target, LEAST)
         squares += e_label * e_label
-    if (ENTROPY & STATS) != 0:
-        tl.store(part_weighted_ptr + out, weighted, mask=mask_n)
-    if (SQUARES & STATS) != 0:
-        tl.store(part_squares_ptr + out, squares, mask=mask_n)
+    return part_max, part_sum, weighted, squares, tl.sum(acc_plain, 1)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _store_parts(ptr, values, parts, offs_n, mask, N, PARTS: tl.constexpr):
+    # one layout change and one store for all parts of a tile
+    if PARTS == 1:
+        stacked = values[0][:, None]
+    elif PARTS == 2:
+        stacked = tl.join(values[0], values[1])
+    else:
+        # the last axis of a join is the new one: (0, 2), (1, 3) interleave to 0, 1, 2, 3
+        even = tl.join(values[0], values[2])
+        odd = tl.join(values[1], values[3])
+        stacked = tl.reshape(tl.join(even, odd), (values[0].shape[0], 4))
+    tl.store(ptr + parts[None, :] * N + offs_n[:, None], stacked, mask=mask)
 
 
 # sizes must not pick the code of a row's sums, nor compile it again for each batch
@@ -226,34 +234,55 @@ def _linear_logprob_fwd_kernel(
         offs_n = n0.to(tl.int64) + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
         pieces = pieces_of(acc_logits, BLOCK_V // PIECE_V)
+        label = local_label(labels_ptr, offs_n, mask_n, v_start + v0, BLOCK_V)
+        # bit i: part i holds a row's label
+        held = tl.where(label >= 0, 1 << (tl.maximum(label, 0) // PART_V), 0)
+        owned = tl.reduce(held, 0, _either)
+        # one row vector a part
+        maxima = ()
+        sums = ()
+        weighted_sums = ()
+        squared_sums = ()
+        plain_sums = ()
         for i in tl.static_range(PARTS):
             first = v0 + i * PART_V
-            # a part wholly past V has nothing to write
-            if first < V:
-                label = local_label(labels_ptr, offs_n, mask_n, v_start + first, PART_V)
-                logits = ()
-                for j in tl.static_range(PIECES):
-                    column = first + j * PIECE_V
-                    logits = logits + (
-                        transform(
-                            pieces[i * PIECES + j], bias_ptr + column, V - column, scale, softcap,
-                            HAS_BIAS, TRANSFORM,
-                        ),
-                    )  # fmt: skip
-                if (tl.max(label, 0) < 0) & (first + PART_V <= V):
-                    _finish_part(
-                        logits, first, first_part + block_v * PARTS + i, offs_n, mask_n, label,
-                        reference_ptr, part_max_ptr, part_sum_ptr, part_weighted_ptr,
-                        part_squares_ptr, part_plain_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                        stride_exps_n, 1.0 / softcap, HAS_BIAS, TRANSFORM, STATS, WRITE_EXP, True,
-                    )  # fmt: skip
-                else:
-                    _finish_part(
-                        logits, first, first_part + block_v * PARTS + i, offs_n, mask_n, label,
-                        reference_ptr, part_max_ptr, part_sum_ptr, part_weighted_ptr,
-                        part_squares_ptr, part_plain_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                        stride_exps_n, 1.0 / softcap, HAS_BIAS, TRANSFORM, STATS, WRITE_EXP, False,
-                    )  # fmt: skip
+            logits = ()
+            for j in tl.static_range(PIECES):
+                column = first + j * PIECE_V
+                logits = logits + (
+                    transform(
+                        pieces[i * PIECES + j], bias_ptr + column, V - column, scale, softcap,
+                        HAS_BIAS, TRANSFORM,
+                    ),
+                )  # fmt: skip
+            if (((owned >> i) & 1) == 0) & (first + PART_V <= V):
+                part_max, part_sum, weighted, squares, plain = _finish_part(
+                    logits, first, first_part + block_v * PARTS + i, offs_n, mask_n,
+                    label - i * PART_V, reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
+                    stride_exps_n, 1.0 / softcap, HAS_BIAS, TRANSFORM, STATS, WRITE_EXP, True,
+                )  # fmt: skip
+            else:
+                part_max, part_sum, weighted, squares, plain = _finish_part(
+                    logits, first, first_part + block_v * PARTS + i, offs_n, mask_n,
+                    label - i * PART_V, reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
+                    stride_exps_n, 1.0 / softcap, HAS_BIAS, TRANSFORM, STATS, WRITE_EXP, False,
+                )  # fmt: skip
+            maxima = maxima + (part_max,)
+            sums = sums + (part_sum,)
+            weighted_sums = weighted_sums + (weighted,)
+            squared_sums = squared_sums + (squares,)
+            plain_sums = plain_sums + (plain,)
+        parts = first_part + block_v * PARTS + tl.arange(0, PARTS).to(tl.int64)
+        # a part wholly past V has nothing to write
+        mask = mask_n[:, None] & (v0 + tl.arange(0, PARTS) * PART_V < V)[None, :]
+        _store_parts(part_max_ptr, maxima, parts, offs_n, mask, N, PARTS)
+        _store_parts(part_sum_ptr, sums, parts, offs_n, mask, N, PARTS)
+        if (ENTROPY & STATS) != 0:
+            _store_parts(part_weighted_ptr, weighted_sums, parts, offs_n, mask, N, PARTS)
+        if (SQUARES & STATS) != 0:
+            _store_parts(part_squares_ptr, squared_sums, parts, offs_n, mask, N, PARTS)
+        if (MEAN & STATS) != 0:
+            _store_parts(part_plain_ptr, plain_sums, parts, offs_n, mask, N, PARTS)
 
 
 def linear_logprob_fwd(

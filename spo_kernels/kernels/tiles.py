@@ -1,12 +1,13 @@
 """The tile table: which tile each kernel runs with, by architecture and dtype.
 
 A tile is never chosen by row count, strategy or outputs, so a row's log-prob has the same bits
-wherever it is computed. Rows were chosen by compiling ahead of time: the largest tile without
-spills under the outputs TRL asks for (``spo-kernels aot`` prints the report); ``spo-kernels tune``
-times them beside others on a GPU, no row is timed yet. Warp specialisation is in none: for sm_90
-neither Triton 3.6 nor 3.9 emits it, for sm_100 3.6 fails to compile these kernels with it and 3.9
-spills. One loop over tiles and their products, which would load a tile's first operands under the
-epilogue before it, is in none either: both versions then wait for each product (ptxas C7514).
+wherever it is computed. Rows were chosen by compiling ahead of time: the largest tile that spills
+next to nothing under the outputs TRL asks for (``spo-kernels aot`` prints the report);
+``spo-kernels tune`` times them beside others on a GPU, no row is timed yet. Warp specialisation is
+in none: for sm_90 neither Triton 3.6 nor 3.9 emits it, for sm_100 3.6 fails to compile these
+kernels with it and 3.9 spills. One loop over tiles and their products, which would load a tile's
+first operands under the epilogue before it, is in none either: both versions then make each product
+wait for the last one.
 """
 
 import dataclasses
