@@ -61,9 +61,9 @@ def report(
 
 
 def _compile(case: Case) -> AotRow:
-    # what a launch finds divisible by 16: pointers and padded strides, and H and the row strides
-    # but for the half rows that exist because those are not
-    divisible = {"ROWS", "stride_exps_n", "stride_grad_n", "stride_grad_weight_v"}
+    # what a launch finds divisible by 16: pointers, padded strides and usual ranks, and H and the
+    # row strides but for the half rows that exist because those are not
+    divisible = {"R", "ROWS", "stride_exps_n", "stride_grad_n", "stride_grad_weight_v"}
     if not case.unaligned:
         divisible |= {"H", "stride_hidden_n", "stride_weight_v"}
     attributes = {

@@ -177,7 +177,7 @@ def _store_parts(ptr, values, parts, offs_n, mask, N, PARTS: tl.constexpr):
 
 
 # sizes must not pick the code of a row's sums, nor compile it again for each batch
-@triton.jit(do_not_specialize=["N", "V", "R", "v_start", "first_part"])
+@triton.jit(do_not_specialize=["N", "V", "v_start", "first_part"])
 def _linear_logprob_fwd_kernel(
     hidden,  # [N, H] pointer or descriptor
     weight,  # [V, H] pointer or descriptor: one slice of the head

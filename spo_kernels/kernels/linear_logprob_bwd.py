@@ -89,7 +89,7 @@ def _store_gradient(
     )
 
 
-@triton.jit(do_not_specialize=["N", "V", "R", "v_start"])
+@triton.jit(do_not_specialize=["N", "V", "v_start"])
 def _linear_logprob_bwd_logits_kernel(
     hidden,  # [N, H] pointer or descriptor
     weight,  # [V, H] pointer or descriptor: one slice of the head
