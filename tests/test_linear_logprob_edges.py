@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from logprob_cases import ALL_OUTPUTS, DIFFERENTIABLE, make_case, relative_norm
-from test_linear_logprob import STRATEGIES, case_in_float, compare
+from test_linear_logprob import STRATEGIES, TRANSFORMS, case_in_float, compare
 from torch.utils.checkpoint import checkpoint
 
 from spo_kernels import linear_logprob
@@ -81,11 +81,13 @@ def test_labels_in_few_columns(backend, dtype, softcap):
 
 
 @pytest.mark.parametrize("upstream", [("logps",), DIFFERENTIABLE], ids=["logps", "all"])
-def test_labels_of_other_rows(backend, upstream):
+@pytest.mark.parametrize("options", TRANSFORMS, ids=["plain", "scaled", "capped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_labels_of_other_rows(backend, dtype, options, upstream):
     """A row's outputs and gradient have the same bits wherever the other rows' labels are."""
     name, device = backend
-    extras = {"bias": True, "ignored": 0.0, "upstream": upstream}
-    case = make_case(rows=40, H=24, V=700, dtype=torch.bfloat16, device=device, **extras)
+    extras = {"bias": True, "ignored": 0.0, "upstream": upstream, **options}
+    case = make_case(rows=40, H=24, V=700, dtype=dtype, device=device, **extras)
     found = []
     for labels in (300 + case.labels % 20, torch.arange(40, device=device) * 17):
         case.labels[1:] = labels[1:]

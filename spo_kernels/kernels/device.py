@@ -5,6 +5,7 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from spo_kernels._checks import triton_interpreter_on
 
@@ -21,6 +22,15 @@ def round_to(x, dtype: tl.constexpr):
             nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def rounded_product(x, y):
+    """Return ``x * y``, rounded before anything is added: a compiler fuses ``*`` where it can."""
+    if INTERPRET:
+        return x * y
+    else:
+        return libdevice.mul_rn(x, y)
 
 
 def arch_of(device: torch.device) -> str:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from spo_kernels._plan_models import COLUMN_PAD
 from spo_kernels._plan_models import PART_V as _PART_V
-from spo_kernels.kernels.device import INTERPRET
+from spo_kernels.kernels.device import INTERPRET, rounded_product
 from spo_kernels.kernels.tiles import Tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -143,7 +143,8 @@ def transform(
         bias = tl.load(bias_ptr + cols, mask=cols < columns, other=0.0)
         z += bias.to(tl.float32)[None, :]
     if TRANSFORM == SCALED:
-        z *= scale
+        # a compiler that computes z again, in a store's layout, must not fuse it with what follows
+        z = rounded_product(z, scale)
     if TRANSFORM == CAPPED:
         z = (1.0 - 2.0 / (1.0 + tl.exp2(z * scale))) * softcap
     return z
