@@ -164,6 +164,7 @@ def _either(a, b):
 @triton.jit
 def _store_parts(ptr, values, parts, offs_n, mask, N, PARTS: tl.constexpr):
     # one layout change and one store for all parts of a tile
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4)
     if PARTS == 1:
         stacked = values[0][:, None]
     elif PARTS == 2:

@@ -141,13 +141,13 @@ def _linear_logprob_bwd_logits_kernel(
         )  # fmt: skip
         offs_n = n0.to(tl.int64) + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        parts = pieces_of(acc_logits, BLOCK_V // PIECE_V)
+        pieces = pieces_of(acc_logits, BLOCK_V // PIECE_V)
         label = local_label(labels_ptr, offs_n, mask_n, v_start + v0, BLOCK_V)
         is_plain = (tl.max(label, 0) < 0) & (v0 + BLOCK_V <= V)
         for i in tl.static_range(BLOCK_V // PIECE_V):
             first = v0 + i * PIECE_V
             z = transform(
-                parts[i], bias_ptr + first, V - first, scale, softcap, HAS_BIAS, TRANSFORM
+                pieces[i], bias_ptr + first, V - first, scale, softcap, HAS_BIAS, TRANSFORM
             )
             if is_plain:
                 _store_gradient(
@@ -198,8 +198,8 @@ def _linear_logprob_bwd_exps_kernel(
     exps = tl.load(
         exps_ptr + v0 + offs_n[:, None] * stride_exps_n + cols[None, :], mask=mask, other=0.0
     )
-    sub = (v_start // BLOCK_V + tl.program_id(0) % tiles_v).to(tl.int64)
-    part_max = tl.load(part_max_ptr + sub * N + offs_n, mask=mask_n, other=0.0)
+    part = (v_start // BLOCK_V + tl.program_id(0) % tiles_v).to(tl.int64)
+    part_max = tl.load(part_max_ptr + part * N + offs_n, mask=mask_n, other=0.0)
     own = tl.where(part_max == float("-inf"), 0.0, part_max)
     logsumexp = tl.load(logsumexp_ptr + offs_n, mask=mask_n, other=0.0)
     factor = tl.exp2(tl.ceil(own * LOG2E) - logsumexp * LOG2E) / FP16_GAIN
