@@ -443,6 +443,20 @@ def test_impossible_label(backend):
     assert not out["is_top1"][1]
 
 
+def test_overflowing_logit(backend):
+    """A logit of -inf without a bias has no part in the entropy, wherever the labels are."""
+    name, device = backend
+    case = make_case(rows=2, H=16, V=200, device=device, ignored=0.0, upstream=("entropy",))
+    case.tensors["hidden"].abs_()
+    case.tensors["weight"][101] = -3e38
+    for labels in ((5, 6), (5, 102)):
+        case.labels.copy_(torch.tensor(labels))
+        out, grads = case.evaluate("op", ("hidden",), outputs=("entropy",), backend=name)
+        oracle, oracle_grads = case.evaluate("oracle", ("hidden",))
+        assert torch.allclose(out["entropy"].double(), oracle["entropy"], atol=1e-5)
+        assert relative_norm(grads["hidden"], oracle_grads["hidden"]) <= 1e-5
+
+
 def test_policy_equals_reference(backend):
     """Fault 32: the same model as policy and as frozen reference has margin exactly 0."""
     name, device = backend

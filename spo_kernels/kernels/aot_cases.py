@@ -53,6 +53,13 @@ _FWD_SWITCHES = {
         "HAS_BIAS": False,
         "HAS_LORA": False,
     },
+    "dpo+exps scaled": {
+        "STATS": _DPO_STATS,
+        "WRITE_EXP": logits_tile.ROW_REFERENCE.value,
+        "TRANSFORM": logits_tile.SCALED.value,
+        "HAS_BIAS": False,
+        "HAS_LORA": False,
+    },
     "everything": {
         "STATS": _ALL_STATS,
         "WRITE_EXP": logits_tile.OWN_REFERENCE.value,

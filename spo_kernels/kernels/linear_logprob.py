@@ -17,7 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels.kernels.device import cdiv, device_guard, program_count, round_to
+from spo_kernels.kernels.device import (
+    cdiv,
+    device_guard,
+    program_count,
+    round_to,
+    rounded_product,
+)
 from spo_kernels.kernels.logits_tile import (
     CAPPED,
     ENTROPY,
@@ -59,7 +65,6 @@ def _finish_part(
     V,
     stride_exps_n,
     tanh_scale,
-    HAS_BIAS: tl.constexpr,
     TRANSFORM: tl.constexpr,
     STATS: tl.constexpr,
     WRITE_EXP: tl.constexpr,
@@ -111,7 +116,8 @@ def _finish_part(
         part_max = tl.maximum(part_max, target)
     own = tl.where(part_max == float("-inf"), 0.0, part_max)
     if WRITE_EXP != 0:
-        gain = FP16_GAIN * tl.exp2(own * LOG2E - tl.ceil(own * LOG2E))
+        exponent = rounded_product(own, LOG2E)
+        gain = FP16_GAIN * tl.exp2(exponent - tl.ceil(exponent))
         if WRITE_EXP == ROW_REFERENCE:
             reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
             far = part_max > reference + REFERENCE_SLACK
@@ -120,10 +126,8 @@ def _finish_part(
         gain = tl.where(part_max == float("-inf"), 0.0, gain)
     for i in tl.static_range(PIECES):
         e = tl.exp2((others[i] - own[:, None]) * LOG2E)
-        finite = others[i]
-        if HAS_BIAS or not PLAIN:
-            # the least float keeps 0 * -inf out; without a bias no logit is -inf
-            finite = tl.maximum(finite, LEAST)
+        # the least float keeps 0 * -inf out
+        finite = tl.maximum(others[i], LEAST)
         if i == 0:
             acc_sum = e
             acc_weighted = e * finite
@@ -260,13 +264,13 @@ def _linear_logprob_fwd_kernel(
                 part_max, part_sum, weighted, squares, plain = _finish_part(
                     logits, first, first_part + block_v * PARTS + i, offs_n, mask_n,
                     label - i * PART_V, reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                    stride_exps_n, 1.0 / softcap, HAS_BIAS, TRANSFORM, STATS, WRITE_EXP, True,
+                    stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP, True,
                 )  # fmt: skip
             else:
                 part_max, part_sum, weighted, squares, plain = _finish_part(
                     logits, first, first_part + block_v * PARTS + i, offs_n, mask_n,
                     label - i * PART_V, reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                    stride_exps_n, 1.0 / softcap, HAS_BIAS, TRANSFORM, STATS, WRITE_EXP, False,
+                    stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP, False,
                 )  # fmt: skip
             maxima = maxima + (part_max,)
             sums = sums + (part_sum,)
