@@ -443,6 +443,14 @@ def test_impossible_label(backend):
     assert not out["is_top1"][1]
 
 
+@pytest.mark.parametrize("V", [2, 200, 513])
+def test_softcap_of_small_logits(backend, V):
+    """Where the cap hardly bends, capped logits are as near as eager's, not as near as the cap."""
+    name, device = backend
+    case = make_case(rows=40, H=17, V=V, device=device, softcap=30.0, logit_scale=0.7, ignored=0.0)
+    compare(case, ("hidden",), strategy="recompute", backend=name)
+
+
 def test_overflowing_logit(backend):
     """A logit of -inf without a bias has no part in the entropy, wherever the labels are."""
     name, device = backend

@@ -5,7 +5,6 @@ chunks; the backward walks vocab chunks with all rows inside, so each slice of g
 product.
 """
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -399,7 +398,7 @@ def _transform_arguments(call: Call) -> dict[str, float | int]:
     if call.softcap is not None:
         return {
             "transform_kind": logits_tile.CAPPED.value,
-            "scale": 2.0 / math.log(2.0) * call.logit_scale / call.softcap,
+            "scale": call.logit_scale / call.softcap,
             "softcap": call.softcap / call.temperature,
         }
     kind = 0 if call.slope == 1.0 else logits_tile.SCALED.value
