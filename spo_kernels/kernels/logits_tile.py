@@ -127,7 +127,8 @@ def logits_tile(
 def _tanh(x):
     # 1 - 2 / (1 + exp(2 x)) has an absolute error; where tanh is small the polynomial of Cephes'
     # tanhf (S. Moshier) has a relative one
-    large = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    large = 1.0 - 2.0 / (1.0 + tl.exp2(tl.abs(x) * (2.0 * LOG2E)))
+    large = tl.where(x < 0.0, -large, large)
     x2 = x * x
     p = tl.fma(x2, -5.70498872745e-3, 2.06390887954e-2)
     p = tl.fma(x2, p, -5.37397155531e-2)
