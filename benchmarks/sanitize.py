@@ -25,6 +25,7 @@ from spo_kernels import (
     preference_loss,
     unpaired_preference_loss,
 )
+from spo_kernels.planner import OUTPUTS
 
 TOOLS = ("memcheck", "initcheck", "racecheck")
 _ERRORS_FOUND = 99
@@ -46,7 +47,6 @@ _SHAPES = (
 )
 # of its own pair alone, with a third response, sorted over the batch, with a batch statistic
 _PAIR_LOSSES = ("sigmoid", "nll", "aot", "aqfl")
-_OUTPUTS = ("logps", "entropy", "logsumexp", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,7 +154,7 @@ def _linear_logprob(device: str) -> Iterator[str]:
                 labels,
                 bias=tensors.get("bias"),
                 lora=lora,
-                outputs=_OUTPUTS if extras else ("logps",),
+                outputs=OUTPUTS if extras else ("logps",),
                 strategy=strategy,
                 backend="triton",
                 **options,

@@ -12,6 +12,8 @@ from spo_kernels.kernels.scalar_math import (  # noqa: E402
     log1p,
     sigmoid_and_slope,
     softplus_and_sigmoid,
+    tanh,
+    tanh_half,
 )
 
 if not triton_interpreter_on():
@@ -32,10 +34,12 @@ def _kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + 3 * BLOCK + offs, sigmoid)
     tl.store(out_ptr + 4 * BLOCK + offs, also_sigmoid)
     tl.store(out_ptr + 5 * BLOCK + offs, slope)
+    tl.store(out_ptr + 6 * BLOCK + offs, tanh_half(x))
+    tl.store(out_ptr + 7 * BLOCK + offs, tanh(x))
 
 
 def _run(x: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(6, x.numel())
+    out = torch.empty(8, x.numel())
     _kernel[(1,)](x_ptr=x, out_ptr=out, BLOCK=x.numel())
     return out
 
@@ -43,9 +47,9 @@ def _run(x: torch.Tensor) -> torch.Tensor:
 def test_relative_error():
     """At most a few ulp of the value, at every magnitude and sign and around the cuts."""
     half = BLOCK // 2
-    magnitude = torch.logspace(-30, 1.9, half - 8)
-    cuts = torch.tensor([0.5, 0.49999997, 0.50000006, 1.0, 0.99999994, 1.0000001, 80.0, 0.75])
-    x = torch.cat((magnitude, cuts))
+    magnitude = torch.logspace(-30, 1.9, half - 9)
+    cuts = [0.5, 0.49999997, 0.50000006, 1.0, 0.99999994, 1.0000001, 80.0, 0.75, 0.625]
+    x = torch.cat((magnitude, torch.tensor(cuts)))
     x = torch.cat((x, -x))
     out, exact = _run(x).double(), x.double()
     expected = {
@@ -55,6 +59,8 @@ def test_relative_error():
         3: torch.sigmoid(exact),
         4: torch.sigmoid(exact),
         5: torch.sigmoid(exact) * torch.sigmoid(-exact),
+        6: torch.tanh(exact / 2),
+        7: torch.tanh(exact),
     }
     for row, value in expected.items():
         # log1p ends at -1, where its own slope makes one ulp of 1 + x matter
@@ -67,11 +73,12 @@ def test_special_values():
     """Infinities have their limits, NaN stays, 0 is exact."""
     inf = float("inf")
     out = _run(torch.tensor([0.0, inf, -inf, float("nan"), 3e38, -3e38, -1.0, 1e-45]))
-    log1p_row, expm1_row, softplus, sigmoid, also, slope = out
+    log1p_row, expm1_row, softplus, sigmoid, also, slope, half, whole = out
     assert log1p_row[0] == 0 and log1p_row[1] == inf and log1p_row[6] == -inf
     assert expm1_row[0] == 0 and expm1_row[1] == inf and expm1_row[2] == -1 and expm1_row[5] == -1
     assert softplus[1] == inf and softplus[2] == 0 and softplus[4] == torch.tensor(3e38)
     assert sigmoid[:3].tolist() == also[:3].tolist() == [0.5, 1.0, 0.0]
     assert slope[:3].tolist() == [0.25, 0.0, 0.0]
+    assert half[:3].tolist() == whole[:3].tolist() == [0.0, 1.0, -1.0]
     assert out[:, 3].isnan().all()
     assert not out[1:, [0, 1, 2, 4, 5, 6]].isnan().any()

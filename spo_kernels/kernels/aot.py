@@ -125,13 +125,7 @@ def _copy_bytes(ptx: str) -> int:
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     """Return REG, STACK and LOCAL of a cubin."""
-    tool = _TOOLS / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    text = _printed_by("cuobjdump", "--dump-resource-usage", cubin)
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     if usage.keys() != {"REG", "STACK", "LOCAL"}:
         raise RuntimeError(f"aot: cuobjdump printed no resource usage, got {text[:200]!r}")
@@ -140,10 +134,15 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 def _is_serialized(cubin: bytes) -> bool:
     """Return whether every wgmma waits for the one before: each then commits a group of its own."""
+    sass = _printed_by("nvdisasm", "-c", cubin)
+    products = [line for line in sass.splitlines() if "HGMMA" in line]
+    return len(products) > 1 and all("gsb0" in line for line in products)
+
+
+def _printed_by(tool: str, option: str, cubin: bytes) -> str:
+    """Return what one of triton's tools prints about a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_TOOLS / "nvdisasm", "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    products = [line for line in text.splitlines() if "HGMMA" in line]
-    return len(products) > 1 and all("gsb0" in line for line in products)
+        command = [_TOOLS / tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels.kernels.device import device_guard
+from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.scalar_math import softplus_and_sigmoid
 
 BLOCK_P = 128
@@ -75,7 +75,7 @@ def bradley_terry_loss_fwd(
     if P == 0:
         return losses, grads, is_correct
     with device_guard(chosen):
-        _bradley_terry_loss_fwd_kernel[(triton.cdiv(P, BLOCK_P),)](
+        _bradley_terry_loss_fwd_kernel[(cdiv(P, BLOCK_P),)](
             chosen_ptr=chosen.contiguous(),
             rejected_ptr=rejected.contiguous(),
             margins_ptr=None if margins is None else margins.contiguous(),

@@ -82,13 +82,12 @@ def _finish_part(
             plain = z
         else:
             inside = cols < V - v0 - i * PIECE_V
-            hit = cols == (label - i * PIECE_V)[:, None]
-            is_before = cols < (label - i * PIECE_V)[:, None]
+            label_col = (label - i * PIECE_V)[:, None]
             plain = tl.where(inside, z, 0.0)
-            on_label = tl.where(hit, z, 0.0)
-            before = tl.where(is_before, z, float("-inf"))
+            on_label = tl.where(cols == label_col, z, 0.0)
+            before = tl.where(cols < label_col, z, float("-inf"))
             # the label's own term is added from its logit: 1 - p_label must not cancel
-            z = tl.where(inside & (cols != (label - i * PIECE_V)[:, None]), z, float("-inf"))
+            z = tl.where(inside & (cols != label_col), z, float("-inf"))
         others = others + (z,)
         if i == 0:
             largest = z

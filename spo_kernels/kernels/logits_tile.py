@@ -12,6 +12,7 @@ import triton.language as tl
 from spo_kernels._plan_models import COLUMN_PAD
 from spo_kernels._plan_models import PART_V as _PART_V
 from spo_kernels.kernels.device import INTERPRET, rounded_product
+from spo_kernels.kernels.scalar_math import tanh
 from spo_kernels.kernels.tiles import Tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -124,20 +125,6 @@ def logits_tile(
 
 
 @triton.jit
-def _tanh(x):
-    # 1 - 2 / (1 + exp(2 x)) has an absolute error; where tanh is small the polynomial of Cephes'
-    # tanhf (S. Moshier) has a relative one
-    large = 1.0 - 2.0 / (1.0 + tl.exp2(tl.abs(x) * (2.0 * LOG2E)))
-    large = tl.where(x < 0.0, -large, large)
-    x2 = x * x
-    p = tl.fma(x2, -5.70498872745e-3, 2.06390887954e-2)
-    p = tl.fma(x2, p, -5.37397155531e-2)
-    p = tl.fma(x2, p, 1.33314422036e-1)
-    p = tl.fma(x2, p, -3.33332819422e-1)
-    return tl.where(tl.abs(x) < 0.625, tl.fma(x2 * p, x, x), large)
-
-
-@triton.jit
 def transform(
     z,
     bias_ptr,
@@ -160,7 +147,7 @@ def transform(
         # a compiler that computes z again, in a store's layout, must not fuse it with what follows
         z = rounded_product(z, scale)
     if TRANSFORM == CAPPED:
-        z = _tanh(z * scale) * softcap
+        z = tanh(z * scale) * softcap
     return z
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from spo_kernels._pairs import GRAD_ROWS, PairCall, PairData, Scored, Side
-from spo_kernels.kernels.device import device_guard
+from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.pair_tokens import (
     MAX_REGISTERS,
     SCRATCH_ROWS,
@@ -249,7 +249,7 @@ def preference_loss_fwd(
     block_p, block_t, num_warps = blocks(P, has_tokens, call.is_batch)
     pointers = [None if side is None else pointers_of(side) for side in sides]
     with device_guard(chosen.logps):
-        _preference_loss_fwd_kernel[(triton.cdiv(P, block_p),)](
+        _preference_loss_fwd_kernel[(cdiv(P, block_p),)](
             chosen=pointers[0],
             rejected=pointers[1],
             response=pointers[2],

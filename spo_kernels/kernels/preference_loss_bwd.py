@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from spo_kernels._pairs import Form, PairCall, Scored
-from spo_kernels.kernels.device import device_guard
+from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.pair_tokens import blocks, form_pointers_of, write_side
 from spo_kernels.kernels.preference_terms import POLICY, SORTED, STATISTIC
 
@@ -141,7 +141,7 @@ def preference_loss_bwd(
     block_p, block_t, num_warps = blocks(P, has_tokens, False)
     pointers = [None if form is None else form_pointers_of(form) for form in forms]
     with device_guard(grad_losses):
-        _preference_loss_bwd_kernel[(triton.cdiv(P, block_p), 2 + needs[2])](
+        _preference_loss_bwd_kernel[(cdiv(P, block_p), 2 + needs[2])](
             chosen=pointers[0],
             rejected=pointers[1],
             response=pointers[2],

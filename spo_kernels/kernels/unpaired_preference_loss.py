@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels.kernels.device import device_guard
+from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.scalar_math import sigmoid_and_slope, softplus_and_sigmoid
 from spo_kernels.loss_table import UNPAIRED_LOSS_TYPES, UnpairedParameters, loss_type_of
 
@@ -306,7 +306,7 @@ def unpaired_preference_loss_fwd(
         token_sums = None
         if computes_shift and has_tokens and S > 0:
             token_sums = empty(2, S)
-            _unpaired_preference_loss_fwd_sums_kernel[(triton.cdiv(S, block_s),)](
+            _unpaired_preference_loss_fwd_sums_kernel[(cdiv(S, block_s),)](
                 logps_ptr=logps,
                 ref_logps_ptr=ref_logps,
                 segment_offsets_ptr=segment_offsets.contiguous() if has_offsets else None,
@@ -328,7 +328,7 @@ def unpaired_preference_loss_fwd(
             has_offsets, segment_offsets = False, None
             block_s, block_t = SUMS_BLOCKS
         # a program without responses still writes the baseline
-        _unpaired_preference_loss_fwd_kernel[(max(triton.cdiv(S, block_s), 1),)](
+        _unpaired_preference_loss_fwd_kernel[(max(cdiv(S, block_s), 1),)](
             logps_ptr=logps,
             ref_logps_ptr=ref_logps,
             is_desirable_ptr=is_desirable,

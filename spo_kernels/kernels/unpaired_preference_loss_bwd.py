@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels.kernels.device import device_guard
+from spo_kernels.kernels.device import cdiv, device_guard
 
 BLOCK_N = 1024
 NUM_WARPS = 4
@@ -62,7 +62,7 @@ def unpaired_preference_loss_bwd_tokens(
     if tokens == 0:
         return grad_logps
     with device_guard(grads):
-        _unpaired_preference_loss_bwd_tokens_kernel[(triton.cdiv(tokens, BLOCK_N),)](
+        _unpaired_preference_loss_bwd_tokens_kernel[(cdiv(tokens, BLOCK_N),)](
             grads_ptr=grads,
             grad_losses_ptr=grad_losses,
             segment_offsets_ptr=segment_offsets.contiguous(),
