@@ -19,7 +19,7 @@ endif
 # the tests run in parallel processes: without this each of them would start a thread per core
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # TRITON_INTERPRET is read when triton is imported, so interpreter and compiler tests cannot share a process
-COMPILE_TESTS := $(sort $(wildcard tests/test_kernels_compile*.py))
+COMPILE_TESTS := $(sort $(wildcard tests/kernels/test_kernels_compile*.py))
 PYTEST := $(PYTHON) -m pytest -q
 
 # without the pin pip takes gigabytes of CUDA packages with it
@@ -28,8 +28,7 @@ TORCH := torch==2.13.0
 # what pyproject.toml allows, oldest and newest: trl-transformers
 MATRIX := 1.16.0-5.17.0 1.16.0-5.24.0
 MATRIX_VENVS ?= .venv-matrix
-MATRIX_TESTS := $(sort $(wildcard tests/test_trl*.py tests/test_spo*.py)) tests/test_fuse_lm_head.py \
-	tests/test_train_real_pairs.py tests/test_cli.py
+MATRIX_TESTS := tests/integrations
 
 # processes of the GPU tests: they wait for the compiler, not for the GPU
 GPU_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 14 ? 14 : n)))
@@ -93,7 +92,7 @@ $(MATRIX_VENVS)/%/.ready: pyproject.toml Makefile
 trl-tests: $(SETUP)
 	@test -d "$(TRL_SOURCE)/tests" \
 		|| { echo "make trl-tests needs TRL_SOURCE=<a checkout of TRL>, got '$(TRL_SOURCE)'" >&2; exit 2; }
-	$(TEST_ENV) $(PYTHON) tests/trl_own_tests.py $(TRL_SOURCE) $(TRL_FILES)
+	$(TEST_ENV) $(PYTHON) -m tests.helpers.trl_own_tests $(TRL_SOURCE) $(TRL_FILES)
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
@@ -140,7 +139,7 @@ gpu-test: gpu-present
 	$(TEST_ENV) $(GPU_PYTEST) -m "gpu and not soak and not alone" --durations=10 \
 		--continue-on-collection-errors $$workers || code=$$?; \
 	test $$code -ne 124 || echo "out of time after $(GPU_TEST_S) s: run make gpu-test again"; \
-	$(GPU_PYTEST) -m "gpu and alone" $$(grep -l mark.alone tests/test_*.py) || code=$$?; \
+	$(GPU_PYTEST) -m "gpu and alone" $$(grep -rl --include="test_*.py" mark.alone tests) || code=$$?; \
 	exit $$code
 
 gpu-bench: gpu-present

@@ -15,7 +15,7 @@ import torch
 from benchmarks import providers
 from benchmarks.results import Row
 from benchmarks.workloads import Tensors, Workload, make_tensors
-from spo_kernels.reference import linear_logprob_reference
+from spo_kernels.reference.linear_logprob import linear_logprob_reference
 
 _BETA = 0.1
 _RESPONSE_TOKENS = 64

@@ -5,7 +5,7 @@ import torch
 from benchmarks import timing, workloads
 from benchmarks.providers import forward_backward, log_probs_of
 from spo_kernels import degree_loss
-from spo_kernels.reference_degree import degree_loss_reference
+from spo_kernels.reference.degree_loss import degree_loss_reference
 
 _DEGREES = 4
 _SEGMENTS = 16

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from benchmarks import timing
 from benchmarks.results import Row
 from spo_kernels import preference_loss
-from spo_kernels.reference_preference import preference_loss_reference
+from spo_kernels.reference.preference_loss import preference_loss_reference
 
 # loss types of each case, summed where there are several
 CASES = {

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from spo_kernels import listwise_preference_loss, preference_loss, unpaired_preference_loss
-from spo_kernels.loss_table import (
+from spo_kernels.calls.loss_table import (
     LISTWISE_LOSS_TYPES,
     UNPAIRED_LOSS_TYPES,
     LossType,

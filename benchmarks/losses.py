@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from spo_kernels import loss_table
+from spo_kernels.calls import loss_table
 
 BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
 README = Path(__file__).resolve().parents[1] / "README.md"

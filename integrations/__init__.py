@@ -4,59 +4,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spo_kernels.integrations.data_recipes import (
+    # what a type checker sees; a test holds it to the table below
+    from spo_kernels.integrations.data.recipes import (
         RewardAugmentation,
         ScoreMarginFilter,
         mix_on_policy,
     )
-    from spo_kernels.integrations.transformers_trainer import fuse_lm_head
-    from spo_kernels.integrations.trl_config import SPOConfig, SPOKTOConfig
-    from spo_kernels.integrations.trl_pair_config import SPOCPOConfig, SPOORPOConfig
-    from spo_kernels.integrations.trl_pair_trainers import SPOCPOTrainer, SPOORPOTrainer
-    from spo_kernels.integrations.trl_patch import TRLPatch, patch_trl
-    from spo_kernels.integrations.trl_trainer import SPOKTOTrainer, SPOTrainer
+    from spo_kernels.integrations.lm_head.fuse_lm_head import fuse_lm_head
+    from spo_kernels.integrations.spo.config import SPOConfig, SPOKTOConfig
+    from spo_kernels.integrations.spo.pair_config import SPOCPOConfig, SPOORPOConfig
+    from spo_kernels.integrations.spo.pair_trainers import SPOCPOTrainer, SPOORPOTrainer
+    from spo_kernels.integrations.spo.trainer import SPOKTOTrainer, SPOTrainer
+    from spo_kernels.integrations.trl_patch.change import TRLPatch
+    from spo_kernels.integrations.trl_patch.patch import patch_trl
 
-__all__ = [
-    "RewardAugmentation",
-    "SPOCPOConfig",
-    "SPOCPOTrainer",
-    "SPOConfig",
-    "SPOKTOConfig",
-    "SPOKTOTrainer",
-    "SPOORPOConfig",
-    "SPOORPOTrainer",
-    "SPOTrainer",
-    "ScoreMarginFilter",
-    "TRLPatch",
-    "fuse_lm_head",
-    "mix_on_policy",
-    "patch_trl",
-]
-
-_MODULE_OF = {
-    "RewardAugmentation": "data_recipes",
-    "SPOCPOConfig": "trl_pair_config",
-    "SPOCPOTrainer": "trl_pair_trainers",
-    "SPOConfig": "trl_config",
-    "SPOKTOConfig": "trl_config",
-    "SPOKTOTrainer": "trl_trainer",
-    "SPOORPOConfig": "trl_pair_config",
-    "SPOORPOTrainer": "trl_pair_trainers",
-    "SPOTrainer": "trl_trainer",
-    "ScoreMarginFilter": "data_recipes",
-    "TRLPatch": "trl_patch",
-    "fuse_lm_head": "transformers_trainer",
-    "mix_on_policy": "data_recipes",
-    "patch_trl": "trl_patch",
+_PUBLIC = {
+    "data.recipes": ("RewardAugmentation", "ScoreMarginFilter", "mix_on_policy"),
+    "lm_head.fuse_lm_head": ("fuse_lm_head",),
+    "spo.config": ("SPOConfig", "SPOKTOConfig"),
+    "spo.pair_config": ("SPOCPOConfig", "SPOORPOConfig"),
+    "spo.pair_trainers": ("SPOCPOTrainer", "SPOORPOTrainer"),
+    "spo.trainer": ("SPOKTOTrainer", "SPOTrainer"),
+    "trl_patch.change": ("TRLPatch",),
+    "trl_patch.patch": ("patch_trl",),
 }
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _MODULE_OF[name]
-    # patch_trl checks by itself, since it may be told to go on
-    if module.startswith("trl_") and module != "trl_patch":
+    # before anything of TRL is imported; patch_trl checks by itself, since it may be told to go on
+    if module.startswith("spo."):
         importlib.import_module(f"{__name__}.trl_version").check_trl()
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 

@@ -1,15 +1,12 @@
 """Losses of preference training straight from hidden states and the LM head."""
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spo_kernels.bradley_terry_loss import BradleyTerryLossOutput, bradley_terry_loss
-    from spo_kernels.collator import PreferenceCollator
-    from spo_kernels.degree_loss import DegreeLossOutput, degree_loss
-    from spo_kernels.key_content import (
+    # what a type checker sees; a test holds it to the table below
+    from spo_kernels.data.collator import PreferenceCollator
+    from spo_kernels.data.key_content import (
         KEY_CONTENT_VERSION,
         KeyPhrase,
         character_levels,
@@ -18,98 +15,60 @@ if TYPE_CHECKING:
         shorten,
         smart_stop_words,
     )
-    from spo_kernels.linear_logprob import LinearLogprobOutput, linear_logprob
-    from spo_kernels.linear_preference_loss import (
+    from spo_kernels.ops.bradley_terry_loss import BradleyTerryLossOutput, bradley_terry_loss
+    from spo_kernels.ops.degree_loss import DegreeLossOutput, degree_loss
+    from spo_kernels.ops.linear_logprob import LinearLogprobOutput, linear_logprob
+    from spo_kernels.ops.linear_preference_loss import (
         LinearPreferenceLossOutput,
         linear_preference_loss,
     )
-    from spo_kernels.listwise_preference_loss import (
+    from spo_kernels.ops.listwise_preference_loss import (
         ListwisePreferenceLossOutput,
         listwise_preference_loss,
     )
-    from spo_kernels.pair_planner import plan_linear_preference_loss
-    from spo_kernels.planner import Plan, plan_linear_logprob
-    from spo_kernels.preference_loss import PreferenceLossOutput, preference_loss
-    from spo_kernels.unpaired_preference_loss import (
+    from spo_kernels.ops.preference_loss import PreferenceLossOutput, preference_loss
+    from spo_kernels.ops.unpaired_preference_loss import (
         UnpairedPreferenceLossOutput,
         unpaired_preference_loss,
     )
-    from spo_kernels.warmup import warmup
+    from spo_kernels.ops.warmup import warmup
+    from spo_kernels.planner.linear_logprob import Plan, plan_linear_logprob
+    from spo_kernels.planner.linear_preference_loss import plan_linear_preference_loss
 
 __version__ = "0.1.0"
-__all__ = [
-    "KEY_CONTENT_VERSION",
-    "BradleyTerryLossOutput",
-    "DegreeLossOutput",
-    "KeyPhrase",
-    "LinearLogprobOutput",
-    "LinearPreferenceLossOutput",
-    "ListwisePreferenceLossOutput",
-    "Plan",
-    "PreferenceCollator",
-    "PreferenceLossOutput",
-    "UnpairedPreferenceLossOutput",
-    "bradley_terry_loss",
-    "character_levels",
-    "degree_loss",
-    "extract_key_content",
-    "linear_logprob",
-    "linear_preference_loss",
-    "listwise_preference_loss",
-    "plan_linear_logprob",
-    "plan_linear_preference_loss",
-    "preference_loss",
-    "removal_level",
-    "shorten",
-    "smart_stop_words",
-    "unpaired_preference_loss",
-    "warmup",
-]
 
-# public name -> module, imported on first use: `spo-kernels --help` must not wait for torch
-_MODULE_OF = {
-    "unpaired_preference_loss": "unpaired_preference_loss",
-    "UnpairedPreferenceLossOutput": "unpaired_preference_loss",
-    "listwise_preference_loss": "listwise_preference_loss",
-    "ListwisePreferenceLossOutput": "listwise_preference_loss",
-    "KEY_CONTENT_VERSION": "key_content",
-    "BradleyTerryLossOutput": "bradley_terry_loss",
-    "DegreeLossOutput": "degree_loss",
-    "KeyPhrase": "key_content",
-    "LinearLogprobOutput": "linear_logprob",
-    "LinearPreferenceLossOutput": "linear_preference_loss",
-    "Plan": "planner",
-    "PreferenceCollator": "collator",
-    "PreferenceLossOutput": "preference_loss",
-    "bradley_terry_loss": "bradley_terry_loss",
-    "character_levels": "key_content",
-    "degree_loss": "degree_loss",
-    "extract_key_content": "key_content",
-    "linear_logprob": "linear_logprob",
-    "linear_preference_loss": "linear_preference_loss",
-    "plan_linear_logprob": "planner",
-    "plan_linear_preference_loss": "pair_planner",
-    "preference_loss": "preference_loss",
-    "removal_level": "key_content",
-    "shorten": "key_content",
-    "smart_stop_words": "key_content",
-    "warmup": "warmup",
+# module -> its public names, imported on first use: `spo-kernels --help` must not wait for torch
+_PUBLIC = {
+    "data.collator": ("PreferenceCollator",),
+    "data.key_content": (
+        "KEY_CONTENT_VERSION",
+        "KeyPhrase",
+        "character_levels",
+        "extract_key_content",
+        "removal_level",
+        "shorten",
+        "smart_stop_words",
+    ),
+    "ops.bradley_terry_loss": ("BradleyTerryLossOutput", "bradley_terry_loss"),
+    "ops.degree_loss": ("DegreeLossOutput", "degree_loss"),
+    "ops.linear_logprob": ("LinearLogprobOutput", "linear_logprob"),
+    "ops.linear_preference_loss": ("LinearPreferenceLossOutput", "linear_preference_loss"),
+    "ops.listwise_preference_loss": ("ListwisePreferenceLossOutput", "listwise_preference_loss"),
+    "ops.preference_loss": ("PreferenceLossOutput", "preference_loss"),
+    "ops.unpaired_preference_loss": ("UnpairedPreferenceLossOutput", "unpaired_preference_loss"),
+    "ops.warmup": ("warmup",),
+    "planner.linear_logprob": ("Plan", "plan_linear_logprob"),
+    "planner.linear_preference_loss": ("plan_linear_preference_loss",),
 }
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
-class _Package(types.ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{self.__name__}.{_MODULE_OF[name]}"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # an op and its module share a name, and importing the module must not hide the op
-        if not (name in _MODULE_OF and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_MODULE_OF})
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

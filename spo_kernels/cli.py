@@ -109,21 +109,21 @@ def _train(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     _quiet_deprecations()
     try:
-        from spo_kernels.integrations import train_command
+        from spo_kernels.integrations.command import train
     except ModuleNotFoundError as error:
         return complain(prog, f"{error}. Install it with: pip install 'spo-kernels[trl]'")
 
     if "--help-all" in arguments:
         others = [word for word in arguments if word != "--help-all"]
         try:
-            train_command.make_parser(train_command.method_of(others)).print_help()
-        except train_command.SETUP_ERRORS as error:
-            return complain(prog, train_command.first_sentence(error))
+            train.make_parser(train.method_of(others)).print_help()
+        except train.SETUP_ERRORS as error:
+            return complain(prog, train.first_sentence(error))
         return 0
     try:
-        job = train_command.prepare(arguments)
-    except train_command.SETUP_ERRORS as error:
-        return complain(prog, train_command.first_sentence(error))
+        job = train.prepare(arguments)
+    except train.SETUP_ERRORS as error:
+        return complain(prog, train.first_sentence(error))
     job.run()
     return 0
 
@@ -145,7 +145,7 @@ def _demo(arguments: Sequence[str]) -> int:
     # read when torch is imported: its profiler, which measures the memory, logs to the terminal
     os.environ["KINETO_LOG_LEVEL"] = "99"
     try:
-        from spo_kernels.integrations import demo
+        from spo_kernels.integrations.command import demo
     except ModuleNotFoundError as error:
         return complain(parser.prog, f"{error}. Install it with: pip install 'spo-kernels[trl]'")
     demo.run(options.output_dir, seed=options.seed)
@@ -249,7 +249,7 @@ def _doctor(arguments: Sequence[str]) -> int:
 
     import torch
 
-    from spo_kernels._checks import resolve_backend, triton_interpreter_on
+    from spo_kernels.calls.backends import resolve_backend, triton_interpreter_on
 
     def version(package: str) -> str:
         try:

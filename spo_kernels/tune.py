@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from spo_kernels import _plan_models
-from spo_kernels._linear_inputs import planned_device
-from spo_kernels.linear_logprob import linear_logprob
-from spo_kernels.planner import device_facts, plan_linear_logprob
+from spo_kernels.calls import layout
+from spo_kernels.ops.linear_logprob import linear_logprob
+from spo_kernels.ops.linear_logprob_call import planned_device
+from spo_kernels.planner.linear_logprob import device_facts, plan_linear_logprob
 
 # (N, H, V): one where products dominate, two with few rows, one with a large H
 _CPU_SHAPES = ((2048, 512, 32000), (256, 1152, 32768), (512, 2048, 16032), (64, 512, 32000))
@@ -132,20 +132,18 @@ def race_engines(
     device: torch.device, rows: Sequence[int] = _ENGINE_ROWS, sizes: tuple[int, int] = _ENGINE_SIZES
 ) -> list[tuple[int, float, float]]:
     """Return (rows, ms with our kernel, ms with the library) of the head's gradient's step."""
-    from spo_kernels.kernels import linear_logprob_strategies as strategies
-
     found = []
-    before = strategies.WEIGHT_KERNEL_ROWS
+    before = layout.WEIGHT_KERNEL_ROWS
     try:
         for N in rows:
             times = []
             for most in (N, 0):
                 # the plan counts what the engine takes
-                strategies.WEIGHT_KERNEL_ROWS = _plan_models.WEIGHT_KERNEL_ROWS = most
+                layout.WEIGHT_KERNEL_ROWS = most
                 times.append(_tile_ms("recompute", ((N, *sizes),), device))
             found.append((N, *times))
     finally:
-        strategies.WEIGHT_KERNEL_ROWS = _plan_models.WEIGHT_KERNEL_ROWS = before
+        layout.WEIGHT_KERNEL_ROWS = before
     return found
 
 

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import torch
 
-from spo_kernels._checks import triton_interpreter_on
+from spo_kernels.calls.backends import triton_interpreter_on
 
 hypothesis.settings.register_profile(
     "repeatable",

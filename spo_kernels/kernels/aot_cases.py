@@ -9,14 +9,23 @@ from typing import Any
 
 import triton
 
-from spo_kernels._plan_models import PART_V
+from spo_kernels.calls.layout import PART_V
+from spo_kernels.calls.loss_table import (
+    LISTWISE_LOSS_TYPES,
+    LOSS_TYPES,
+    MAX_BATCH_PAIRS,
+    UNPAIRED_LOSS_TYPES,
+    ListwiseParameters,
+    Parameters,
+    UnpairedParameters,
+)
 from spo_kernels.kernels import (
     bradley_terry_loss,
     degree_loss,
     degree_loss_bwd,
-    linear_logprob,
     linear_logprob_bwd,
     linear_logprob_bwd_weight,
+    linear_logprob_fwd,
     linear_logprob_rows,
     listwise_preference_loss,
     logits_tile,
@@ -27,15 +36,6 @@ from spo_kernels.kernels import (
 )
 from spo_kernels.kernels.pair_tokens import MAX_REGISTERS, SidePointers, blocks
 from spo_kernels.kernels.tiles import Tile
-from spo_kernels.loss_table import (
-    LISTWISE_LOSS_TYPES,
-    LOSS_TYPES,
-    MAX_BATCH_PAIRS,
-    UNPAIRED_LOSS_TYPES,
-    ListwiseParameters,
-    Parameters,
-    UnpairedParameters,
-)
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 # shared memory one block may use
@@ -78,7 +78,7 @@ _BWD_SWITCHES = {
     "entropy": {"TRANSFORM": 0, "HAS_ENTROPY": True, "HAS_EVERYWHERE": True},
 }
 _TILED = {
-    "fwd": (linear_logprob._linear_logprob_fwd_kernel, _FWD_SWITCHES),
+    "fwd": (linear_logprob_fwd._linear_logprob_fwd_kernel, _FWD_SWITCHES),
     "bwd": (linear_logprob_bwd._linear_logprob_bwd_logits_kernel, _BWD_SWITCHES),
     "weight": (linear_logprob_bwd_weight._linear_logprob_bwd_weight_kernel, {"plain": {}}),
 }

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from spo_kernels._checks import triton_interpreter_on
+from spo_kernels.calls.backends import triton_interpreter_on
 
 # tl.dot on bf16 is wrong in triton's interpreter, so kernels upcast there and only there
 INTERPRET = tl.constexpr(triton_interpreter_on())

@@ -1,368 +1,449 @@
-"""Fused forward of ``linear_logprob``: logits tile, row statistics, kept exponentials.
+"""Triton backend of ``linear_logprob``: the strategies, as loops over kernels and plain GEMMs.
 
-    z = cap((h W^T + bias + a b^T) * logit_scale) / temperature     one tile, never rounded
-    per part: m = max z, s = sum_{v != y} exp(z - m), sum exp(z - m) z, sum exp(z - m)^2, sum z
-
-Symbols: N rows, V vocab, H hidden, R LoRA rank, S parts of the vocabulary. One program of the
-forward owns BLOCK_N x BLOCK_V logits at a time and walks the grid with a stride (persistent). The
-accumulator is finished part by part, in pieces added up before lanes are, so that the epilogue
-stays in registers; a part without a label, as nearly all are, takes a form without the label's
-comparisons (6 instructions a logit instead of 14 for log-probs on sm_90). Products accumulate in
-fp32. The exponentials are kept, 0 at the label, relative to one reference a row (bf16 and fp32,
-ready for a product) or to a power of two above their part's maximum (fp16, which has no exponent
-range; rescaling by powers of two is exact there).
+Products that stay plain go through torch (cuBLAS) with an fp32 result. The forward walks row
+chunks; the backward walks vocab chunks with all rows inside, so each slice of grad_weight is one
+product.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
-import triton
-import triton.language as tl
 
-from spo_kernels.kernels.device import (
-    cdiv,
-    device_guard,
-    program_count,
-    round_to,
-    rounded_product,
-)
-from spo_kernels.kernels.logits_tile import (
-    CAPPED,
-    ENTROPY,
-    FP16_GAIN,
-    LEAST,
-    LOG2E,
-    MEAN,
+from spo_kernels.calls import layout
+from spo_kernels.calls.layout import (
     PART_V,
-    PIECE_V,
-    REFERENCE_SLACK,
-    ROW_REFERENCE,
-    SQUARES,
-    TOP1,
-    local_label,
-    logits_tile,
-    operand,
-    padded,
-    pieces_of,
-    precision_of,
-    tile_of,
-    transform,
+    head_slice_columns,
+    padded_columns,
 )
-from spo_kernels.kernels.tiles import Tile
+from spo_kernels.calls.linear_logprob import Call, Inputs, Kept, RowGrads, Rows
+from spo_kernels.calls.linear_logprob_backward import backward_direction, row_coefficients
+from spo_kernels.kernels import linear_logprob_bwd as bwd
+from spo_kernels.kernels import linear_logprob_bwd_weight as bwd_weight
+from spo_kernels.kernels import linear_logprob_fwd as fwd
+from spo_kernels.kernels import linear_logprob_rows as row_kernels
+from spo_kernels.kernels import logits_tile
+from spo_kernels.kernels.device import arch_of, cdiv, shared_bytes
+from spo_kernels.kernels.tiles import Tile, tile_for
+
+# scratch of the pass that an unplanned entropy gradient costs `direction`
+_FALLBACK_BYTES = 64 << 20
+# a row's reference is its maximum over this many columns
+_REFERENCE_COLUMNS = 256
+_STATS = {
+    "entropy": ("weighted", logits_tile.ENTROPY.value),
+    "log_sum_sq_probs": ("squares", logits_tile.SQUARES.value),
+    "mean_logits": ("plain", logits_tile.MEAN.value),
+    "is_top1": (None, logits_tile.TOP1.value),
+}
 
 
-@triton.jit
-def _finish_part(
-    pieces,  # of transformed logits, left to right
-    v0,
-    part,
-    offs_n,
-    mask_n,
-    label,
-    reference_ptr,
-    target_ptr,
-    top1_ptr,
-    exps_ptr,
-    N,
-    V,
-    stride_exps_n,
-    tanh_scale,
-    TRANSFORM: tl.constexpr,
-    STATS: tl.constexpr,
-    WRITE_EXP: tl.constexpr,
-    PLAIN: tl.constexpr,
-):
-    # PLAIN: every column is inside V and no row's label is among them. What both forms have is
-    # computed alike, so that a row's bits do not depend on the labels of other rows
-    PIECES: tl.constexpr = PART_V // PIECE_V
-    # 32-bit columns inside a piece keep the epilogue out of 64-bit arithmetic
-    cols = tl.arange(0, PIECE_V)[None, :]
-    others = ()
-    for i in tl.static_range(PIECES):
-        z = pieces[i]
-        if PLAIN:
-            plain = z
-        else:
-            inside = cols < V - v0 - i * PIECE_V
-            label_col = (label - i * PIECE_V)[:, None]
-            plain = tl.where(inside, z, 0.0)
-            on_label = tl.where(cols == label_col, z, 0.0)
-            before = tl.where(cols < label_col, z, float("-inf"))
-            # the label's own term is added from its logit: 1 - p_label must not cancel
-            z = tl.where(inside & (cols != label_col), z, float("-inf"))
-        others = others + (z,)
-        if i == 0:
-            largest = z
-            acc_plain = plain
-            if not PLAIN:
-                acc_label = on_label
-                acc_before = before
-        else:
-            largest = tl.maximum(largest, z)
-            acc_plain += plain
-            if not PLAIN:
-                acc_label += on_label
-                acc_before = tl.maximum(acc_before, before)
-    part_max = tl.max(largest, 1)
-    if not PLAIN:
-        # exactly one part owns a label, so these stores have one writer
-        owns = mask_n & (label >= 0) & (label < PART_V) & (label < V - v0)
-        target = tl.where(owns, tl.sum(acc_label, 1), float("-inf"))
-        tl.store(target_ptr + offs_n, target, mask=owns)
-        if (TOP1 & STATS) != 0:
-            # the first maximum wins a tie
-            beaten = (part_max > target) | (tl.max(acc_before, 1) >= target)
-            # how many parts stand before this one, or -1 - that if the label loses in its own
-            tl.store(top1_ptr + offs_n, tl.where(beaten, -1 - part, part), mask=owns)
-        part_max = tl.maximum(part_max, target)
-    own = tl.where(part_max == float("-inf"), 0.0, part_max)
-    if WRITE_EXP != 0:
-        exponent = rounded_product(own, LOG2E)
-        gain = FP16_GAIN * tl.exp2(exponent - tl.ceil(exponent))
-        if WRITE_EXP == ROW_REFERENCE:
-            reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
-            far = part_max > reference + REFERENCE_SLACK
-            gain = tl.where(far, 1.0, tl.exp2((own - reference) * LOG2E))
-        # exponentials of 0 stay 0 whatever their row's reference
-        gain = tl.where(part_max == float("-inf"), 0.0, gain)
-    for i in tl.static_range(PIECES):
-        e = tl.exp2((others[i] - own[:, None]) * LOG2E)
-        # the least float keeps 0 * -inf out
-        finite = tl.maximum(others[i], LEAST)
-        if i == 0:
-            acc_sum = e
-            acc_weighted = e * finite
-            acc_squares = e * e
-        else:
-            acc_sum += e
-            acc_weighted = tl.fma(e, finite, acc_weighted)
-            acc_squares = tl.fma(e, e, acc_squares)
-        if WRITE_EXP != 0:
-            kept = e * gain[:, None]
-            if TRANSFORM == CAPPED:
-                tanh = finite * tanh_scale
-                # a column past V has no slope
-                kept = tl.where(kept == 0.0, 0.0, kept * (1.0 - tanh * tanh))
-            mask = mask_n[:, None]
-            if not PLAIN:
-                mask = mask & (cols < padded(V) - v0 - i * PIECE_V)
-            tl.store(
-                exps_ptr + v0 + i * PIECE_V + offs_n[:, None] * stride_exps_n + cols,
-                round_to(kept, exps_ptr.dtype.element_ty),
-                mask=mask,
-            )
-    part_sum = tl.sum(acc_sum, 1)
-    weighted = tl.sum(acc_weighted, 1)
-    squares = tl.sum(acc_squares, 1)
-    if not PLAIN:
-        e_label = tl.exp2((target - own) * LOG2E)
-        weighted += e_label * tl.maximum(target, LEAST)
-        squares += e_label * e_label
-    return part_max, part_sum, weighted, squares, tl.sum(acc_plain, 1)
-
-
-@triton.jit
-def _either(a, b):
-    return a | b
-
-
-@triton.jit
-def _store_parts(ptr, values, parts, offs_n, mask, N, PARTS: tl.constexpr):
-    # one layout change and one store for all parts of a tile
-    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4)
-    if PARTS == 1:
-        stacked = values[0][:, None]
-    elif PARTS == 2:
-        stacked = tl.join(values[0], values[1])
-    else:
-        # the last axis of a join is the new one: (0, 2), (1, 3) interleave to 0, 1, 2, 3
-        even = tl.join(values[0], values[2])
-        odd = tl.join(values[1], values[3])
-        stacked = tl.reshape(tl.join(even, odd), (values[0].shape[0], 4))
-    tl.store(ptr + parts[None, :] * N + offs_n[:, None], stacked, mask=mask)
-
-
-# sizes must not pick the code of a row's sums, nor compile it again for each batch
-@triton.jit(do_not_specialize=["N", "V", "v_start", "first_part"])
-def _linear_logprob_fwd_kernel(
-    hidden,  # [N, H] pointer or descriptor
-    weight,  # [V, H] pointer or descriptor: one slice of the head
-    bias_ptr,  # [V]
-    lora_a_ptr,  # [N, R]
-    lora_b_ptr,  # [V, R]
-    labels_ptr,  # [N] int64
-    reference_ptr,  # [N] fp32, reference of the exponentials
-    part_max_ptr,  # [S, N] fp32, out
-    part_sum_ptr,  # [S, N] fp32, out: without the label
-    part_weighted_ptr,  # [S, N] fp32, out
-    part_squares_ptr,  # [S, N] fp32, out
-    part_plain_ptr,  # [S, N] fp32, out
-    target_ptr,  # [N] fp32, out: target logit
-    top1_ptr,  # [N] int32, out: part of the label, -1 - part where it loses there
-    exps_ptr,  # [N, V] out, 0 up to the padded V
-    N,
-    V,
-    H,
-    R,
-    v_start,
-    first_part,
-    stride_hidden_n,
-    stride_weight_v,
-    stride_exps_n,
-    scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_LORA: tl.constexpr,
-    TRANSFORM: tl.constexpr,
-    STATS: tl.constexpr,
-    WRITE_EXP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_N: tl.constexpr,
-):
-    PARTS: tl.constexpr = BLOCK_V // PART_V
-    PIECES: tl.constexpr = PART_V // PIECE_V
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tiles_v = tl.cdiv(V, BLOCK_V)
-    for tile in range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
-        block_n, block_v = tile_of(tile, tiles_n, tiles_v, GROUP_N)
-        n0 = block_n * BLOCK_N
-        v0 = block_v * BLOCK_V
-        acc_logits = logits_tile(
-            hidden, weight, lora_a_ptr, lora_b_ptr, n0, v0, N, V, H, R,
-            stride_hidden_n, stride_weight_v, HAS_LORA, PRECISION, USE_TMA,
-            BLOCK_N, BLOCK_V, BLOCK_H, BLOCK_R,
-        )  # fmt: skip
-        offs_n = n0.to(tl.int64) + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        pieces = pieces_of(acc_logits, BLOCK_V // PIECE_V)
-        label = local_label(labels_ptr, offs_n, mask_n, v_start + v0, BLOCK_V)
-        # bit i: part i holds a row's label
-        held = tl.where(label >= 0, 1 << (tl.maximum(label, 0) // PART_V), 0)
-        owned = tl.reduce(held, 0, _either)
-        # one row vector a part
-        maxima = ()
-        sums = ()
-        weighted_sums = ()
-        squared_sums = ()
-        plain_sums = ()
-        for i in tl.static_range(PARTS):
-            first = v0 + i * PART_V
-            logits = ()
-            for j in tl.static_range(PIECES):
-                column = first + j * PIECE_V
-                logits = logits + (
-                    transform(
-                        pieces[i * PIECES + j], bias_ptr + column, V - column, scale, softcap,
-                        HAS_BIAS, TRANSFORM,
-                    ),
-                )  # fmt: skip
-            if (((owned >> i) & 1) == 0) & (first + PART_V <= V):
-                part_max, part_sum, weighted, squares, plain = _finish_part(
-                    logits, first, first_part + block_v * PARTS + i, offs_n, mask_n,
-                    label - i * PART_V, reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                    stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP, True,
-                )  # fmt: skip
-            else:
-                part_max, part_sum, weighted, squares, plain = _finish_part(
-                    logits, first, first_part + block_v * PARTS + i, offs_n, mask_n,
-                    label - i * PART_V, reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                    stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP, False,
-                )  # fmt: skip
-            maxima = maxima + (part_max,)
-            sums = sums + (part_sum,)
-            weighted_sums = weighted_sums + (weighted,)
-            squared_sums = squared_sums + (squares,)
-            plain_sums = plain_sums + (plain,)
-        parts = first_part + block_v * PARTS + tl.arange(0, PARTS).to(tl.int64)
-        # a part wholly past V has nothing to write
-        mask = mask_n[:, None] & (v0 + tl.arange(0, PARTS) * PART_V < V)[None, :]
-        _store_parts(part_max_ptr, maxima, parts, offs_n, mask, N, PARTS)
-        _store_parts(part_sum_ptr, sums, parts, offs_n, mask, N, PARTS)
-        if (ENTROPY & STATS) != 0:
-            _store_parts(part_weighted_ptr, weighted_sums, parts, offs_n, mask, N, PARTS)
-        if (SQUARES & STATS) != 0:
-            _store_parts(part_squares_ptr, squared_sums, parts, offs_n, mask, N, PARTS)
-        if (MEAN & STATS) != 0:
-            _store_parts(part_plain_ptr, plain_sums, parts, offs_n, mask, N, PARTS)
-
-
-def linear_logprob_fwd(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor | None,
-    lora_b: torch.Tensor | None,
-    parts: dict[str, torch.Tensor],
-    reference: torch.Tensor | None,
-    exps: torch.Tensor | None,
-    v_start: int,
-    first_part: int,
-    stats: int,
-    write_exp: int,
-    transform_kind: int,
-    scale: float,
-    softcap: float,
-    tile: Tile,
-) -> None:
-    """Fill the partials of one weight slice.
-
-    Assumes checked inputs on one device in one dtype, hidden ``[n, H]`` and weight ``[v, H]`` with
-    a contiguous last axis, LoRA factors contiguous, ``parts`` holding every partial that ``stats``
-    asks for, rows of ``exps`` that reach to the padded V.
-    """
-    n, H = hidden.shape
-    V = weight.shape[0]
-    tiles = cdiv(n, tile.block_n) * cdiv(V, tile.block_v)
-    # pointers a switch turns off still need a tensor of the right dtype
-    nothing = parts["max"]
-    programs = min(tiles, program_count(hidden.device) * tile.programs_per_sm)
-    with device_guard(hidden):
-        _linear_logprob_fwd_kernel[(programs,)](
-            hidden=operand(hidden, (tile.block_n, tile.block_h), tile),
-            weight=operand(weight, (tile.block_v, tile.block_h), tile),
-            bias_ptr=hidden if bias is None else bias,
-            lora_a_ptr=hidden if lora_a is None else lora_a,
-            lora_b_ptr=hidden if lora_b is None else lora_b,
-            labels_ptr=labels,
-            reference_ptr=nothing if reference is None else reference,
-            part_max_ptr=parts["max"],
-            part_sum_ptr=parts["sum"],
-            part_weighted_ptr=parts.get("weighted", nothing),
-            part_squares_ptr=parts.get("squares", nothing),
-            part_plain_ptr=parts.get("plain", nothing),
-            target_ptr=parts["target"],
-            top1_ptr=parts["top1"],
-            exps_ptr=hidden if exps is None else exps,
-            N=n,
-            V=V,
-            H=H,
-            R=0 if lora_b is None else lora_b.shape[1],
-            v_start=v_start,
-            first_part=first_part,
-            stride_hidden_n=hidden.stride(0),
-            stride_weight_v=weight.stride(0),
-            stride_exps_n=0 if exps is None else exps.stride(0),
-            scale=scale,
-            softcap=softcap,
-            HAS_BIAS=bias is not None,
-            HAS_LORA=lora_b is not None,
-            TRANSFORM=transform_kind,
-            STATS=stats,
-            WRITE_EXP=write_exp,
-            PRECISION=precision_of(hidden.dtype),
-            USE_TMA=tile.tma,
-            BLOCK_N=tile.block_n,
-            BLOCK_V=tile.block_v,
-            BLOCK_H=tile.block_h,
-            BLOCK_R=tile.block_r,
-            GROUP_N=tile.group_n,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-            num_stages=tile.num_stages,
-            maxnreg=tile.max_registers,
+def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Tensor], Kept]:
+    """Return the asked row outputs ``[N]`` and what the backward needs."""
+    device, N = inputs.hidden.device, rows.count
+    V, H = inputs.weight.shape
+    head = _Head(call, inputs)
+    names = {"logsumexp", "logps", "rest", *(call.outputs & set(_STATS))}
+    out = {
+        name: torch.empty(
+            N, dtype=torch.bool if name == "is_top1" else torch.float32, device=device
         )
+        for name in names
+    }
+    if call.shard is not None and "is_top1" in names:
+        out["row_max"] = torch.empty(N, dtype=torch.float32, device=device)
+    target_logit = torch.empty(N, dtype=torch.float32, device=device)
+    write_exp = 0
+    # what is kept to the backward has fp16's precision for bf16, and no rounding of its own else
+    kept_dtype = torch.float16 if call.compute_dtype == torch.bfloat16 else torch.float32
+    direction = direction_lora = direction_scale = exps = references = None
+    if call.strategy == "direction":
+        own = call.compute_dtype == torch.float16
+        mode = logits_tile.OWN_REFERENCE if own else logits_tile.ROW_REFERENCE
+        write_exp = mode.value
+        shape = (min(call.row_chunk, N), padded_columns(V))
+        exps = torch.empty(shape, dtype=call.compute_dtype, device=device)[:, :V]
+        # fp16 with one scale a row: the bytes of bf16, 8 times its precision
+        if "hidden" in call.needs_grad:
+            direction = torch.empty(N, H, dtype=kept_dtype, device=device)
+        if "lora_a" in call.needs_grad:
+            rank = inputs.lora_b.shape[1]
+            direction_lora = torch.empty(N, rank, dtype=kept_dtype, device=device)
+        direction_scale = torch.empty(2, N, dtype=torch.float32, device=device)
+    if call.strategy == "resident":
+        write_exp = logits_tile.OWN_REFERENCE.value
+        exps = torch.empty(N, padded_columns(V), dtype=kept_dtype, device=device)[:, :V]
+        references = torch.empty(head.parts, N, dtype=torch.float32, device=device)
+
+    for start in range(0, N, call.row_chunk):
+        stop = min(start + call.row_chunk, N)
+        part = slice(start, stop)
+        at = slice(0, stop - start) if call.strategy == "direction" else part
+        chunk = {name: value[part] for name, value in out.items()}
+        chunk["target"] = target_logit[part]
+        chunk_exps = None if exps is None else exps[at]
+        labels = inputs.labels[part]
+        hidden, lora_a = _rows_of(call, rows, inputs, start, stop)
+        parts, reference = _score_chunk(
+            call, head, hidden, lora_a, labels, chunk, chunk_exps, write_exp
+        )
+        if call.strategy == "resident":
+            references[:, part] = parts["max"]
+        if call.strategy == "direction":
+            row_kernels.linear_logprob_rescale(
+                chunk_exps,
+                parts["max"],
+                reference,
+                chunk["row_max"],
+                chunk["logsumexp"],
+                write_exp=write_exp,
+            )
+            gain = chunk["rest"] * call.target_slope(chunk["target"])
+            if call.shard is not None:
+                # the label's term waits for the whole softmax
+                gain.zero_()
+            for i, (kept, matrix) in enumerate(
+                ((direction, inputs.weight), (direction_lora, inputs.lora_b))
+            ):
+                if kept is not None:
+                    row_kernels.linear_logprob_direction(
+                        head.product(chunk_exps, matrix),
+                        matrix,
+                        labels,
+                        chunk["factor"],
+                        gain,
+                        kept[part],
+                        direction_scale[i, part],
+                        slope=call.slope,
+                        compute_dtype=call.compute_dtype,
+                    )
+        # the next chunk's partials must not be made beside these
+        del parts, reference, chunk, hidden, lora_a
+    kept = Kept(
+        target_logit=target_logit,
+        logsumexp=out["logsumexp"],
+        rest=out["rest"],
+        entropy=out.get("entropy"),
+        direction=direction,
+        direction_lora=direction_lora,
+        direction_scale=direction_scale,
+        exps=exps if call.strategy == "resident" else None,
+        exp_reference=references,
+    )
+    return out, kept
+
+
+def backward(
+    call: Call,
+    rows: Rows,
+    inputs: Inputs,
+    kept: Kept,
+    grads: RowGrads,
+    need: frozenset[str],
+    into: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> dict[str, torch.Tensor]:
+    """Return the gradients named in ``need``, each in its parameter's dtype.
+
+    A gradient that has an accumulator in ``into``, of the products' dtype, is added there and not
+    returned: hidden and lora_a as their scored rows ``[N, *]``, 0 so far, the others whole.
+    """
+    needs_logits = grads.entropy is not None or grads.mean_logits is not None
+    if call.strategy == "direction":
+        if grads.entropy is None and not (call.softcap is not None and needs_logits):
+            return backward_direction(call, rows, inputs, kept, grads, need, into)
+    # behind a softcap the kept exponential holds its slope too, but the logit is lost
+    use_kept = kept.exps is not None and not (call.softcap is not None and needs_logits)
+    device, N = inputs.hidden.device, rows.count
+    V = inputs.weight.shape[0]
+    dtype = call.compute_dtype
+    vectors, row_scale = _vectors(call, kept, grads, V)
+    hidden, lora_a = _rows_of(call, rows, inputs, 0, N)
+
+    out = {}
+    for name, tensor in zip(Inputs._fields[:5], inputs[:5], strict=True):
+        if name in need and name not in into:
+            # without rows nothing is written, and ignored rows never are
+            is_written = N > 0 and (rows.index is None or name not in ("hidden", "lora_a"))
+            make = torch.empty_like if is_written else torch.zeros_like
+            out[name] = make(tensor, memory_format=torch.contiguous_format)
+    sums = {
+        name: into[name]
+        if name in into
+        else torch.zeros(N, tensor.shape[-1], dtype=torch.float32, device=device)
+        for name, tensor in (("hidden", inputs.hidden), ("lora_a", inputs.lora_a))
+        if name in need
+    }
+    # what the head's gradients are summed against: rows scaled by an exact power of two
+    largest = row_scale.amax() if N else row_scale.new_ones(())
+    relative = (row_scale / largest).to(dtype)[:, None]
+    scaled, is_half = dtype == torch.float16, dtype.itemsize == 2
+    right = {
+        "weight": hidden * relative if scaled and "weight" in need else hidden,
+        "bias": relative,
+        "lora_b": lora_a * relative if scaled and "lora_b" in need else lora_a,
+    }
+    head = _Head(call, inputs)
+    # a recomputed tile reads a copied head slice by slice; a direction plan has no chunk for this
+    step = min(call.vocab_chunk, V)
+    if call.strategy == "direction":
+        step = min(step, max(1, _FALLBACK_BYTES // max(1, N * dtype.itemsize) // 256) * 256)
+    step = min(step, head.columns) if head.columns < V else step
+    scratch = torch.empty(N, padded_columns(step), dtype=dtype, device=device)
+    for v0 in range(0, V if N else 0, step):
+        v1 = min(v0 + step, V)
+        weight, bias, lora_b = head.slice(v0, v1)
+        grad = scratch[:, : v1 - v0]
+        if use_kept:
+            bwd.linear_logprob_bwd_exps(
+                kept.exps[:, v0:v1],
+                kept.exp_reference,
+                inputs.labels,
+                vectors,
+                grad,
+                v_start=v0,
+                outer=call.slope,
+            )
+        else:
+            bwd.linear_logprob_bwd_logits(
+                hidden,
+                weight,
+                inputs.labels,
+                vectors,
+                grad,
+                bias=bias,
+                lora_a=lora_a,
+                lora_b=lora_b,
+                v_start=v0,
+                outer=call.slope,
+                tile=_tile("bwd", call, hidden, weight),
+                **_transform_arguments(call),
+            )
+        for name, matrix in (("hidden", weight), ("lora_a", lora_b)):
+            if name in sums:
+                _add_product(sums[name], grad, matrix)
+        for name in ("weight", "bias", "lora_b"):
+            if name not in need:
+                continue
+            total = (into if name in into else out)[name][v0:v1]
+            total = total[:, None] if name == "bias" else total
+            if name in into and not scaled:
+                _add_product(total, grad.t(), right[name])
+                continue
+            if name == "weight" and name not in into and N <= layout.WEIGHT_KERNEL_ROWS and is_half:
+                tile = _tile("weight", call, grad, right[name])
+                bwd_weight.linear_logprob_bwd_weight(grad, right[name], largest, total, tile=tile)
+                continue
+            value = _product(grad.t(), right[name])
+            if scaled:
+                value.mul_(largest)
+            if name in into:
+                total += value
+            else:
+                total.copy_(value)
+            del value
+    for name, value in sums.items():
+        if scaled:
+            value.mul_(row_scale[:, None])
+        if name not in into:
+            rows.put_all(out[name], value, call.row_chunk)
+    return out
+
+
+class _Head:
+    """The head in the compute dtype, whole where it can be read as it is, else slice by slice."""
+
+    def __init__(self, call: Call, inputs: Inputs):
+        self.call, self.inputs = call, inputs
+        weight = inputs.weight
+        copied = weight.dtype != call.compute_dtype or weight.stride(1) != 1
+        self.columns = head_slice_columns(
+            weight.shape[0], weight.shape[1], call.compute_dtype.itemsize, copied
+        )
+        self.parts = cdiv(weight.shape[0], PART_V)
+
+    def slice(self, v0: int, v1: int):
+        """Return (weight, bias, lora_b) rows ``v0:v1``, each last-axis contiguous."""
+        weight, bias, lora_b = (
+            None if tensor is None else self._ready(tensor[v0:v1])
+            for tensor in (self.inputs.weight, self.inputs.bias, self.inputs.lora_b)
+        )
+        # the kernels read LoRA factors with a row stride of r
+        return weight, bias, None if lora_b is None else lora_b.contiguous()
+
+    def slices(self):
+        """Yield (v0, weight, bias, lora_b) over the vocabulary."""
+        V = self.inputs.weight.shape[0]
+        for v0 in range(0, V, self.columns):
+            yield v0, *self.slice(v0, min(v0 + self.columns, V))
+
+    def product(self, exps: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Return ``exps @ matrix`` in fp32."""
+        V = matrix.shape[0]
+        total = None
+        for v0 in range(0, V, self.columns):
+            v1 = min(v0 + self.columns, V)
+            part = self._ready(matrix[v0:v1])
+            if total is None:
+                total = _product(exps[:, v0:v1], part)
+            else:
+                _add_product(total, exps[:, v0:v1], part)
+        return total
+
+    def _ready(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.call.compute_dtype)
+        return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _score_chunk(
+    call: Call,
+    head: _Head,
+    hidden: torch.Tensor,
+    lora_a: torch.Tensor | None,
+    labels: torch.Tensor,
+    out: dict[str, torch.Tensor],
+    exps: torch.Tensor | None,
+    write_exp: int,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Fill the row outputs and exponentials of one row chunk; return its partials and reference."""
+    n, device = hidden.shape[0], hidden.device
+    V = head.inputs.weight.shape[0]
+    stats = sum(bit for name, (_, bit) in _STATS.items() if name in call.outputs)
+
+    def partial() -> torch.Tensor:
+        return torch.empty(head.parts, n, dtype=torch.float32, device=device)
+
+    parts = {"max": partial(), "sum": partial()}
+    for name, (part, _) in _STATS.items():
+        if part is not None and name in call.outputs:
+            parts[part] = partial()
+    # what a label that no tile owns leaves behind
+    parts["target"] = out["target"].fill_(call.absent_logit)
+    parts["top1"] = torch.full((n,), -1, dtype=torch.int32, device=device)
+
+    def launch(v0: int, weight, bias, lora_b, reference, exps_slice, stats: int, mode: int):
+        fwd.linear_logprob_fwd(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            parts=parts,
+            reference=reference,
+            exps=exps_slice,
+            v_start=v0,
+            first_part=v0 // PART_V,
+            stats=stats,
+            write_exp=mode,
+            tile=_tile("fwd", call, hidden, weight),
+            **_transform_arguments(call),
+        )
+
+    reference = None
+    if write_exp == logits_tile.ROW_REFERENCE.value:
+        # one reference a row: its maximum over the first vocab tile
+        weight, bias, lora_b = head.slice(0, min(_REFERENCE_COLUMNS, V))
+        launch(0, weight, bias, lora_b, None, None, 0, 0)
+        reference = parts["max"][: cdiv(weight.shape[0], PART_V)].amax(0)
+    for v0, weight, bias, lora_b in head.slices():
+        exps_slice = None if exps is None else exps[:, v0 : v0 + weight.shape[0]]
+        launch(v0, weight, bias, lora_b, reference, exps_slice, stats, write_exp)
+    if "row_max" in out:
+        torch.amax(parts["max"], 0, out=out["row_max"])
+    if write_exp:
+        out.setdefault("row_max", torch.empty(n, dtype=torch.float32, device=device))
+        out["factor"] = torch.empty(n, dtype=torch.float32, device=device)
+    row_kernels.linear_logprob_reduce(
+        parts, reference, out, vocab_size=V, stats=stats, write_exp=write_exp
+    )
+    return parts, reference
+
+
+def _vectors(
+    call: Call, kept: Kept, grads: RowGrads, vocab_size: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return the row vectors of the gradient tile and each row's power of two (1 but for fp16)."""
+    rows = row_coefficients(call, kept, grads, vocab_size)
+    linear = {"on_p": rows.on_p, "on_label": rows.on_label}
+    if rows.g_entropy is not None:
+        linear["g_entropy"] = rows.g_entropy
+    if rows.everywhere is not None:
+        linear["everywhere"] = rows.everywhere
+    row_scale = torch.ones_like(rows.on_p)
+    if call.compute_dtype == torch.float16:
+        # fp16 would flush small entries, so each row's bound is brought to 1024; p (log p +
+        # entropy) is at most log V < 16
+        slopes = {"on_label": 1.0, "g_entropy": 16.0 * call.slope}
+        bounds = [value.abs() * slopes.get(name, call.slope) for name, value in linear.items()]
+        largest = torch.stack(bounds).amax(0)
+        _, exponent = torch.frexp(largest)
+        scale = torch.ldexp(torch.ones_like(largest), exponent - 10)
+        row_scale = torch.where(largest > 0, scale, 1.0)
+        linear = {name: value / row_scale for name, value in linear.items()}
+    vectors = {name: value.contiguous() for name, value in linear.items()}
+    vectors["logsumexp"] = kept.logsumexp
+    if rows.entropy is not None:
+        vectors["entropy"] = rows.entropy
+    return vectors, row_scale
+
+
+def _transform_arguments(call: Call) -> dict[str, float | int]:
+    if call.softcap is not None:
+        return {
+            "transform_kind": logits_tile.CAPPED.value,
+            "scale": call.logit_scale / call.softcap,
+            "softcap": call.softcap / call.temperature,
+        }
+    kind = 0 if call.slope == 1.0 else logits_tile.SCALED.value
+    return {"transform_kind": kind, "scale": call.slope, "softcap": 1.0}
+
+
+def _rows_of(call: Call, rows: Rows, inputs: Inputs, start: int, stop: int):
+    """Return (hidden, lora_a) rows in the compute dtype, last axis contiguous."""
+
+    def ready(tensor: torch.Tensor | None, packed: bool) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        value = rows.take(tensor, start, stop).to(call.compute_dtype)
+        # rows that overlap in memory (an expanded tensor) have no row stride to load by
+        strided = value.stride(-1) == 1 and value.stride(0) >= value.shape[1]
+        return value if strided and not packed else value.contiguous()
+
+    return ready(inputs.hidden, False), ready(inputs.lora_a, True)
+
+
+def _tile(kernel: str, call: Call, hidden: torch.Tensor, weight: torch.Tensor) -> Tile:
+    aligned = all(
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+        and tensor.stride(1) == 1
+        and tensor.stride(0) >= tensor.shape[1]
+        for tensor in (hidden, weight)
+    )
+    device = hidden.device
+    return tile_for(
+        kernel,
+        arch_of(device),
+        call.compute_dtype,
+        shared_bytes=shared_bytes(device),
+        tma=aligned and device.type == "cuda",
+    )
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return ``a @ b`` in fp32, never rounded to the inputs' dtype on the way."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b`` for an fp32 total."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())

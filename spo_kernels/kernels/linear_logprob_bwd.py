@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels._plan_models import PART_V
+from spo_kernels.calls.layout import PART_V
 from spo_kernels.kernels.device import cdiv, device_guard, program_count, round_to
 from spo_kernels.kernels.logits_tile import (
     CAPPED,

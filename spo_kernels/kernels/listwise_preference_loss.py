@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spo_kernels.calls.loss_table import LISTWISE_LOSS_TYPES, ListwiseParameters, loss_type_of
 from spo_kernels.kernels.device import device_guard
 from spo_kernels.kernels.scalar_math import (
     expm1,
@@ -23,7 +24,6 @@ from spo_kernels.kernels.scalar_math import (
     sigmoid_and_slope,
     softplus_and_sigmoid,
 )
-from spo_kernels.loss_table import LISTWISE_LOSS_TYPES, ListwiseParameters, loss_type_of
 
 # least BLOCK_K; larger lists take the next power of two
 MIN_BLOCK_K = 16

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels._plan_models import COLUMN_PAD
-from spo_kernels._plan_models import PART_V as _PART_V
+from spo_kernels.calls.layout import COLUMN_PAD
+from spo_kernels.calls.layout import PART_V as _PART_V
 from spo_kernels.kernels.device import INTERPRET, rounded_product
 from spo_kernels.kernels.scalar_math import tanh
 from spo_kernels.kernels.tiles import Tile

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels._pairs import Form, Side
+from spo_kernels.calls.preference_loss import Form, Side
 
 # sums: many pairs a program; tokens: one pair, its tokens side by side
 SUMS_BLOCK_P = 128

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels._pairs import GRAD_ROWS, PairCall, PairData, Scored, Side
+from spo_kernels.calls.preference_loss import GRAD_ROWS, PairCall, PairData, Scored, Side
 from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.pair_tokens import (
     MAX_REGISTERS,

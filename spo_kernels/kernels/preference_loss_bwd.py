@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels._pairs import Form, PairCall, Scored
+from spo_kernels.calls.preference_loss import Form, PairCall, Scored
 from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.pair_tokens import blocks, form_pointers_of, write_side
 from spo_kernels.kernels.preference_terms import POLICY, SORTED, STATISTIC

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from spo_kernels.calls.loss_table import (
+    FIRST_POLICY_ID,
+    FIRST_RESPONSE_ID,
+    FIRST_SORTED_ID,
+    FIRST_STATISTIC_ID,
+    loss_type_of,
+)
 from spo_kernels.kernels.scalar_math import (
     expm1,
     log1p,
     sigmoid_and_slope,
     softplus_and_sigmoid,
     tanh_half,
-)
-from spo_kernels.loss_table import (
-    FIRST_POLICY_ID,
-    FIRST_RESPONSE_ID,
-    FIRST_SORTED_ID,
-    FIRST_STATISTIC_ID,
-    loss_type_of,
 )
 
 LARGEST_EXPONENT = tl.constexpr(80.0)

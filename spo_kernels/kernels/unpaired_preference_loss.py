@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from spo_kernels.calls.loss_table import UNPAIRED_LOSS_TYPES, UnpairedParameters, loss_type_of
 from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.scalar_math import sigmoid_and_slope, softplus_and_sigmoid
-from spo_kernels.loss_table import UNPAIRED_LOSS_TYPES, UnpairedParameters, loss_type_of
 
 # (BLOCK_S, BLOCK_T) where a response is one number, and where it is tokens
 SUMS_BLOCKS = (128, 1)

@@ -1,0 +1,1 @@
+"""Language models scored from their last hidden states; ``fuse_lm_head``."""

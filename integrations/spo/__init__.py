@@ -1,0 +1,1 @@
+"""SPO's trainers: TRL's trainers with the degree loss beside the alignment loss."""

@@ -1,0 +1,1 @@
+"""``patch_trl``: TRL's own trainers without logits."""

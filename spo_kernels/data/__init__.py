@@ -1,0 +1,1 @@
+"""From texts to batches: key content and the collator."""

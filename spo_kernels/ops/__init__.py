@@ -1,0 +1,1 @@
+"""The public ops: check, plan, dispatch to a backend."""

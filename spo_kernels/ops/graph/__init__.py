@@ -1,0 +1,1 @@
+"""The ops as nodes of a ``torch.compile`` graph."""

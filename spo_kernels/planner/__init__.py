@@ -1,0 +1,1 @@
+"""Pure functions from sizes and a byte budget to what an op runs."""

@@ -1,0 +1,1 @@
+"""The torch backend: any device and float dtype."""

@@ -1,0 +1,1 @@
+"""Cases, oracles and runners that test modules share; no test is in here."""
