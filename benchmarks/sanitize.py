@@ -25,7 +25,7 @@ from spo_kernels import (
     preference_loss,
     unpaired_preference_loss,
 )
-from spo_kernels.planner.linear_logprob import OUTPUTS
+from spo_kernels.calls.plan import OUTPUTS
 
 TOOLS = ("memcheck", "initcheck", "racecheck")
 _ERRORS_FOUND = 99

@@ -1,10 +1,12 @@
-"""What one ``linear_logprob`` call hands to a backend: its settings and its scored rows."""
+"""State of one ``linear_logprob`` call: settings, plan and scored rows, as backends take them."""
 
 import dataclasses
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from spo_kernels.calls.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,35 +19,23 @@ class Shard:
     differs: torch.Tensor  # [] bool, whether the ranks have other labels than each other
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """Non-tensor state of a call; the logits are ``cap(z0 * logit_scale) / temperature``."""
+class Settings(NamedTuple):
+    """A checked call's own wishes; the logits are ``cap(z0 * logit_scale) / temperature``."""
 
     backend: str
-    strategy: str
-    row_chunk: int
-    vocab_chunk: int
-    outputs: frozenset[str]
-    needs_grad: frozenset[str]
     compute_dtype: torch.dtype
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-    shard: Shard | None = None
-
-    @property
-    def absent_logit(self) -> float:
-        """The logit of a label outside the head: wrong, or another rank's."""
-        return float("nan") if self.shard is None else float("-inf")
+    needs_grad: frozenset[str]
+    outputs: frozenset[str] = frozenset({"logps"})
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    strategy: str = "auto"
+    budget_bytes: int | None = None
 
     @property
     def slope(self) -> float:
         """dz/dz0 without the softcap's ``1 - tanh^2``."""
         return self.logit_scale / self.temperature
-
-    def whole_vocab(self, width: int) -> int | torch.Tensor:
-        """Return V of the whole head; ``width`` is that of the weight at hand."""
-        return width if self.shard is None else self.shard.total
 
     def target_slope(self, target_logit: torch.Tensor) -> torch.Tensor | float:
         """dz/dz0 at a logit z: ``slope * (1 - tanh^2)``, tanh read back from z itself."""
@@ -53,6 +43,24 @@ class Call:
             return self.slope
         tanh = target_logit * (self.temperature / self.softcap)
         return self.slope * (1.0 - tanh * tanh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Non-tensor state of a call: its wishes, what the planner made of them, its rows of a head."""
+
+    settings: Settings
+    plan: Plan
+    shard: Shard | None = None
+
+    @property
+    def absent_logit(self) -> float:
+        """The logit of a label outside the head: wrong, or another rank's."""
+        return float("nan") if self.shard is None else float("-inf")
+
+    def whole_vocab(self, width: int) -> int | torch.Tensor:
+        """Return V of the whole head; ``width`` is that of the weight at hand."""
+        return width if self.shard is None else self.shard.total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +113,8 @@ class Inputs(NamedTuple):
     hidden: torch.Tensor  # [..., H]
     weight: torch.Tensor  # [V, H]
     bias: torch.Tensor | None  # [V]
-    lora_a: torch.Tensor | None  # [..., r]
-    lora_b: torch.Tensor | None  # [V, r]
+    lora_a: torch.Tensor | None  # [..., R]
+    lora_b: torch.Tensor | None  # [V, R]
     labels: torch.Tensor  # [N] int64, relative to the weight's first row
 
     def owns_label(self) -> torch.Tensor:
@@ -122,7 +130,7 @@ class Kept(NamedTuple):
     rest: torch.Tensor  # [N] fp32, 1 - p_label without cancellation
     entropy: torch.Tensor | None = None  # [N] fp32
     direction: torch.Tensor | None = None  # [N, H] d logps / d hidden
-    direction_lora: torch.Tensor | None = None  # [N, r] d logps / d lora_a
+    direction_lora: torch.Tensor | None = None  # [N, R] d logps / d lora_a
     direction_scale: torch.Tensor | None = None  # [2, N] fp32, row scales of the two directions
     exps: torch.Tensor | None = None  # [N, V] exponentials
     exp_reference: torch.Tensor | None = None  # what exps are relative to, see each backend

@@ -25,7 +25,7 @@ def row_coefficients(call: Call, kept: Kept, grads: RowGrads, vocab_size: int) -
         label = label + everywhere
     return RowCoefficients(
         on_p=g_lse - g_logps,
-        on_label=label * call.target_slope(kept.target_logit),
+        on_label=label * call.settings.target_slope(kept.target_logit),
         g_entropy=grads.entropy,
         entropy=kept.entropy if grads.entropy is not None else None,
         everywhere=everywhere,
@@ -74,17 +74,17 @@ def backward_direction(
             out[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         mean_row = None
         if grads.mean_logits is not None:
-            scale_mean = call.slope / call.whole_vocab(head.shape[0])
+            scale_mean = call.settings.slope / call.whole_vocab(head.shape[0])
             mean_row = head.sum(0, dtype=kept.logsumexp.dtype) * scale_mean
-        for start in range(0, rows.count, call.row_chunk):
-            part = slice(start, min(start + call.row_chunk, rows.count))
+        for start in range(0, rows.count, call.plan.row_chunk):
+            part = slice(start, min(start + call.plan.row_chunk, rows.count))
             value = direction[part] * scale[part, None]
             if call.shard is not None:
                 # a slice whose logits are all -inf has no softmax of its own
                 value = value.where(kept.share[part, None] != 0, 0.0)
             if on_label is not None:
-                slope = call.target_slope(kept.target_logit[part])
-                label_row = head[labels[part]].to(call.compute_dtype).to(value.dtype)
+                slope = call.settings.target_slope(kept.target_logit[part])
+                label_row = head[labels[part]].to(call.settings.compute_dtype).to(value.dtype)
                 value = value + (on_label[part] * slope)[:, None] * label_row
             if mean_row is not None:
                 value = value + grads.mean_logits[part, None] * mean_row

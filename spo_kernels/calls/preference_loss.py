@@ -1,4 +1,4 @@
-"""What one ``preference_loss`` call hands to a backend and gets back."""
+"""Options, responses and results of one ``preference_loss`` call, as backends take them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Side(NamedTuple):
 
     @property
     def form(self) -> "Form":
-        """What a backward needs to know of this response."""
+        """The shape, dtype and layout that a backward needs."""
         return Form(self.logps.shape, self.logps.dtype, self.mask, self.offsets)
 
 
@@ -50,7 +50,7 @@ class Form(NamedTuple):
 
 
 class PairData(NamedTuple):
-    """What a pair brings beside its responses, ``[P]`` each or None."""
+    """Weights and rewards of the pairs, ``[P]`` each or None."""
 
     weights: torch.Tensor | None = None
     reward_chosen: torch.Tensor | None = None
@@ -58,10 +58,9 @@ class PairData(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PairCall:
-    """Non-tensor state of one call."""
+class LossOptions:
+    """The checked options of a mix of losses, one object from the public op to the kernel."""
 
-    backend: str
     losses: tuple[LossType, ...]
     weights: tuple[float, ...]
     parameters: Parameters
@@ -75,20 +74,30 @@ class PairCall:
 
     @property
     def is_batch(self) -> bool:
+        """Whether a pair's loss depends on the other pairs of the call."""
         return any(loss.batch for loss in self.losses)
+
+    @property
+    def couples_pairs(self) -> bool:
+        """Whether it does so by more than the number of tokens, which is known beforehand."""
+        return any(loss.sorts or loss.has_statistic for loss in self.losses)
+
+    @property
+    def of_margin(self) -> bool:
+        """Whether the slopes of both sides are opposite: a function of the margin alone."""
+        return self.divergence == "reverse_kl" and all(loss.of_margin for loss in self.losses)
 
     def packed(self) -> tuple[list[str], list[float]]:
         tails = "all tokens" if self.ld_alpha is None else "ld_alpha"
         numbers = [self.divergence_power, 1.0 if self.ld_alpha is None else self.ld_alpha]
-        words = [self.backend, self.divergence, tails, *(loss.name for loss in self.losses)]
+        words = [self.divergence, tails, *(loss.name for loss in self.losses)]
         return words, [*numbers, *self.weights, *self.parameters]
 
     @classmethod
-    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "PairCall":
-        backend, divergence, tails, *names = words
+    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "LossOptions":
+        divergence, tails, *names = words
         power, ld_alpha, *others = numbers
         return cls(
-            backend=backend,
             losses=tuple(loss_type_of(name) for name in names),
             weights=tuple(others[: len(names)]),
             parameters=Parameters(*others[len(names) :]),
@@ -99,24 +108,26 @@ class PairCall:
 
 
 class Scored(NamedTuple):
-    """What a forward returns; the last three have one row for each loss of the mix, or are None."""
+    """Results of a forward; the last three have one row for each loss of the mix, or are None."""
 
     losses: torch.Tensor  # [P]
-    rewards: Any  # [P] of chosen, of rejected: beta * score
-    sums: Any  # [P] of chosen, of rejected: the policy's log-probs
+    rewards: torch.Tensor  # [2, P] of chosen, of rejected: beta * score
+    sums: torch.Tensor  # [2, P] of chosen, of rejected: the policy's log-probs
     grads: torch.Tensor  # [5, P] dloss of the own pair, see GRAD_ROWS
     tails: torch.Tensor | None = None  # [2, P] int64: first token beyond the shared length
-    ranks: torch.Tensor | None = None  # [L, 2, P] int32: whose loss a score takes part in
+    ranks: torch.Tensor | None = (
+        None  # [L, 2, P] int32: the rank, an index into losses, of each score
+    )
     rank_grads: torch.Tensor | None = None  # [L, 2, P] dloss[rank] / dscore
     # [L, 2, P]: dloss / dstatistic, dstatistic / d(c - r)
     stats: torch.Tensor | None = None
 
     @property
     def kept(self) -> tuple[torch.Tensor | None, ...]:
-        """What a backward needs: the fields from ``grads`` on."""
+        """The fields that a backward needs, from ``grads`` on."""
         return self[self._fields.index("grads") :]
 
     @classmethod
     def of_kept(cls, kept: Sequence[torch.Tensor | None]) -> "Scored":
-        """Return what a backward reads, from what was kept for it."""
+        """Return the results as a backward sees them: without the outputs."""
         return cls(*(None,) * (len(cls._fields) - len(kept)), *kept)

@@ -1,4 +1,4 @@
-"""Checks of ``preference_loss``: what its arguments must be before anything is allocated."""
+"""Checks of ``preference_loss``, all made before anything is allocated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ from spo_kernels.calls.loss_table import (
     ada_inverse_root,
     loss_type_of,
 )
-from spo_kernels.calls.preference_loss import PairCall, PairData, Side
+from spo_kernels.calls.preference_loss import LossOptions, PairData, Side
 
 _OP = "preference_loss"
 _FLOATS = (*FLOAT_DTYPES, torch.float64)
@@ -46,7 +46,7 @@ _ARGUMENTS = {
 }
 
 
-def check_mix(
+def _check_mix(
     loss_type: str | Sequence[str], loss_weights: Sequence[float] | None
 ) -> tuple[tuple[LossType, ...], tuple[float, ...]]:
     """Return the rows and weights of a mix of loss types."""
@@ -71,15 +71,17 @@ def check_mix(
     return losses, tuple(float(weight) for weight in loss_weights)
 
 
-def check_call(
-    losses: tuple[LossType, ...],
-    weights: tuple[float, ...],
-    parameters: dict[str, float],
-    divergence: str,
-    divergence_coef: float,
+def check_options(
+    *,
+    loss_type: str | Sequence[str],
+    loss_weights: Sequence[float] | None,
+    f_divergence_type: str,
+    f_alpha_divergence_coef: float,
     ld_alpha: float | None,
-) -> PairCall:
-    """Return the settings of a call; its backend is resolved later."""
+    **parameters: float,
+) -> LossOptions:
+    """Check the options that every op with a preference loss takes, parameters by the table."""
+    losses, weights = _check_mix(loss_type, loss_weights)
     values = check_parameters(_OP, parameters, PARAMETERS)
     for loss in losses:
         for name in loss.positive:
@@ -88,11 +90,12 @@ def check_call(
     if values["ada_tau_max"] < values["ada_tau_min"]:
         low, high = values["ada_tau_min"], values["ada_tau_max"]
         fail(_OP, "ada_tau_max", f"be at least ada_tau_min={low:g}", high)
+    divergence = f_divergence_type
     check_choice(_OP, "f_divergence_type", divergence, F_DIVERGENCES)
-    check_number(_OP, "f_alpha_divergence_coef", divergence_coef)
-    if not is_finite(divergence_coef):
-        fail(_OP, "f_alpha_divergence_coef", "be finite", divergence_coef)
-    power = float(divergence_coef) - 1.0
+    check_number(_OP, "f_alpha_divergence_coef", f_alpha_divergence_coef)
+    if not is_finite(f_alpha_divergence_coef):
+        fail(_OP, "f_alpha_divergence_coef", "be finite", f_alpha_divergence_coef)
+    power = float(f_alpha_divergence_coef) - 1.0
     if divergence == "alpha_divergence" and abs(power) < 1e-6:
         divergence = "reverse_kl"
     for loss in losses:
@@ -113,8 +116,7 @@ def check_call(
     # a bisection, which only the types with this price read
     is_priced = any("ada_rho" in loss.parameters for loss in losses)
     inverse_root = ada_inverse_root(values["ada_rho"]) if is_priced else 0.0
-    return PairCall(
-        backend="",
+    return LossOptions(
         losses=losses,
         weights=weights,
         parameters=Parameters(**values, ada_inverse_root=inverse_root),
@@ -128,7 +130,7 @@ def _divergent(name: str) -> bool:
     return loss_type_of(name).divergence
 
 
-def check_sides(chosen: Side, rejected: Side, response: Side, data: PairData, call: PairCall):
+def check_sides(chosen: Side, rejected: Side, response: Side, data: PairData, options: LossOptions):
     """Refuse tensors that do not form P pairs, or that the mix or a setting misses."""
     sides = {"chosen": chosen, "rejected": rejected, "response": response}
     named = {
@@ -142,7 +144,7 @@ def check_sides(chosen: Side, rejected: Side, response: Side, data: PairData, ca
     named |= {name: tensor for name, tensor in pair_data.items() if tensor is not None}
     for name, tensor in named.items():
         check_tensor(_OP, name, tensor)
-    _check_missing(sides, pair_data, call)
+    _check_missing(sides, pair_data, options)
 
     P = None
     for which, side in sides.items():
@@ -162,7 +164,7 @@ def check_sides(chosen: Side, rejected: Side, response: Side, data: PairData, ca
     check_same_device(_OP, named)
 
 
-def _check_missing(sides: dict[str, Side], data: dict[str, Any], call: PairCall) -> None:
+def _check_missing(sides: dict[str, Side], data: dict[str, Any], options: LossOptions) -> None:
     """Refuse an optional input that stands alone, or that a type or a setting needs."""
     two = [sides["chosen"], sides["rejected"]]
     for field in ("ref", "log_sum_sq"):
@@ -177,8 +179,8 @@ def _check_missing(sides: dict[str, Side], data: dict[str, Any], call: PairCall)
                 argument = _ARGUMENTS["response"][field]
                 fail(_OP, argument, "be None without response_logps", type(tensor).__name__)
     has_weights = data["pair_weights"] is not None or two[0].log_sum_sq is not None
-    filters = call.parameters.min_reward_margin > 0
-    for loss in call.losses:
+    filters = options.parameters.min_reward_margin > 0
+    for loss in options.losses:
         reason = f"for loss_type={loss.name!r}"
         if "lengths" in loss.inputs:
             _check_lengths(sides, ("chosen", "rejected"), reason)
@@ -193,14 +195,14 @@ def _check_missing(sides: dict[str, Side], data: dict[str, Any], call: PairCall)
             if two[0].log_sum_sq is not None:
                 name = "chosen_log_sum_sq_probs"
             fail(_OP, name, f"be left out {reason}, which pairs by rank", "a weight of each pair")
-    if response.logps is not None and not any("response" in loss.inputs for loss in call.losses):
+    if response.logps is not None and not any("response" in loss.inputs for loss in options.losses):
         requirement = "be None where no type of the mix reads it"
         fail(_OP, "response_logps", requirement, tuple(response.logps.shape))
     if two[0].log_sum_sq is not None:
         _check_lengths(sides, ("chosen", "rejected"), "with chosen_log_sum_sq_probs")
     if filters and data["reward_chosen"] is None:
         fail(_OP, "reward_chosen", "be given with min_reward_margin", None)
-    if call.ld_alpha is not None:
+    if options.ld_alpha is not None:
         for which, side in zip(("chosen", "rejected"), two, strict=True):
             if side.logps.dim() != 2:
                 shape = tuple(side.logps.shape)

@@ -43,7 +43,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
     device, N = inputs.hidden.device, rows.count
     V, H = inputs.weight.shape
     head = _Head(call, inputs)
-    names = {"logsumexp", "logps", "rest", *(call.outputs & set(_STATS))}
+    names = {"logsumexp", "logps", "rest", *(call.settings.outputs & set(_STATS))}
     out = {
         name: torch.empty(
             N, dtype=torch.bool if name == "is_top1" else torch.float32, device=device
@@ -55,30 +55,30 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
     target_logit = torch.empty(N, dtype=torch.float32, device=device)
     write_exp = 0
     # what is kept to the backward has fp16's precision for bf16, and no rounding of its own else
-    kept_dtype = torch.float16 if call.compute_dtype == torch.bfloat16 else torch.float32
+    kept_dtype = torch.float16 if call.settings.compute_dtype == torch.bfloat16 else torch.float32
     direction = direction_lora = direction_scale = exps = references = None
-    if call.strategy == "direction":
-        own = call.compute_dtype == torch.float16
+    if call.plan.strategy == "direction":
+        own = call.settings.compute_dtype == torch.float16
         mode = logits_tile.OWN_REFERENCE if own else logits_tile.ROW_REFERENCE
         write_exp = mode.value
-        shape = (min(call.row_chunk, N), padded_columns(V))
-        exps = torch.empty(shape, dtype=call.compute_dtype, device=device)[:, :V]
+        shape = (min(call.plan.row_chunk, N), padded_columns(V))
+        exps = torch.empty(shape, dtype=call.settings.compute_dtype, device=device)[:, :V]
         # fp16 with one scale a row: the bytes of bf16, 8 times its precision
-        if "hidden" in call.needs_grad:
+        if "hidden" in call.settings.needs_grad:
             direction = torch.empty(N, H, dtype=kept_dtype, device=device)
-        if "lora_a" in call.needs_grad:
+        if "lora_a" in call.settings.needs_grad:
             rank = inputs.lora_b.shape[1]
             direction_lora = torch.empty(N, rank, dtype=kept_dtype, device=device)
         direction_scale = torch.empty(2, N, dtype=torch.float32, device=device)
-    if call.strategy == "resident":
+    if call.plan.strategy == "resident":
         write_exp = logits_tile.OWN_REFERENCE.value
         exps = torch.empty(N, padded_columns(V), dtype=kept_dtype, device=device)[:, :V]
         references = torch.empty(head.parts, N, dtype=torch.float32, device=device)
 
-    for start in range(0, N, call.row_chunk):
-        stop = min(start + call.row_chunk, N)
+    for start in range(0, N, call.plan.row_chunk):
+        stop = min(start + call.plan.row_chunk, N)
         part = slice(start, stop)
-        at = slice(0, stop - start) if call.strategy == "direction" else part
+        at = slice(0, stop - start) if call.plan.strategy == "direction" else part
         chunk = {name: value[part] for name, value in out.items()}
         chunk["target"] = target_logit[part]
         chunk_exps = None if exps is None else exps[at]
@@ -87,9 +87,9 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         parts, reference = _score_chunk(
             call, head, hidden, lora_a, labels, chunk, chunk_exps, write_exp
         )
-        if call.strategy == "resident":
+        if call.plan.strategy == "resident":
             references[:, part] = parts["max"]
-        if call.strategy == "direction":
+        if call.plan.strategy == "direction":
             row_kernels.linear_logprob_rescale(
                 chunk_exps,
                 parts["max"],
@@ -98,7 +98,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
                 chunk["logsumexp"],
                 write_exp=write_exp,
             )
-            gain = chunk["rest"] * call.target_slope(chunk["target"])
+            gain = chunk["rest"] * call.settings.target_slope(chunk["target"])
             if call.shard is not None:
                 # the label's term waits for the whole softmax
                 gain.zero_()
@@ -114,8 +114,8 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
                         gain,
                         kept[part],
                         direction_scale[i, part],
-                        slope=call.slope,
-                        compute_dtype=call.compute_dtype,
+                        slope=call.settings.slope,
+                        compute_dtype=call.settings.compute_dtype,
                     )
         # the next chunk's partials must not be made beside these
         del parts, reference, chunk, hidden, lora_a
@@ -127,7 +127,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         direction=direction,
         direction_lora=direction_lora,
         direction_scale=direction_scale,
-        exps=exps if call.strategy == "resident" else None,
+        exps=exps if call.plan.strategy == "resident" else None,
         exp_reference=references,
     )
     return out, kept
@@ -148,14 +148,14 @@ def backward(
     returned: hidden and lora_a as their scored rows ``[N, *]``, 0 so far, the others whole.
     """
     needs_logits = grads.entropy is not None or grads.mean_logits is not None
-    if call.strategy == "direction":
-        if grads.entropy is None and not (call.softcap is not None and needs_logits):
+    if call.plan.strategy == "direction":
+        if grads.entropy is None and not (call.settings.softcap is not None and needs_logits):
             return backward_direction(call, rows, inputs, kept, grads, need, into)
     # behind a softcap the kept exponential holds its slope too, but the logit is lost
-    use_kept = kept.exps is not None and not (call.softcap is not None and needs_logits)
+    use_kept = kept.exps is not None and not (call.settings.softcap is not None and needs_logits)
     device, N = inputs.hidden.device, rows.count
     V = inputs.weight.shape[0]
-    dtype = call.compute_dtype
+    dtype = call.settings.compute_dtype
     vectors, row_scale = _vectors(call, kept, grads, V)
     hidden, lora_a = _rows_of(call, rows, inputs, 0, N)
 
@@ -184,8 +184,8 @@ def backward(
     }
     head = _Head(call, inputs)
     # a recomputed tile reads a copied head slice by slice; a direction plan has no chunk for this
-    step = min(call.vocab_chunk, V)
-    if call.strategy == "direction":
+    step = min(call.plan.vocab_chunk, V)
+    if call.plan.strategy == "direction":
         step = min(step, max(1, _FALLBACK_BYTES // max(1, N * dtype.itemsize) // 256) * 256)
     step = min(step, head.columns) if head.columns < V else step
     scratch = torch.empty(N, padded_columns(step), dtype=dtype, device=device)
@@ -201,7 +201,7 @@ def backward(
                 vectors,
                 grad,
                 v_start=v0,
-                outer=call.slope,
+                outer=call.settings.slope,
             )
         else:
             bwd.linear_logprob_bwd_logits(
@@ -214,7 +214,7 @@ def backward(
                 lora_a=lora_a,
                 lora_b=lora_b,
                 v_start=v0,
-                outer=call.slope,
+                outer=call.settings.slope,
                 tile=_tile("bwd", call, hidden, weight),
                 **_transform_arguments(call),
             )
@@ -245,7 +245,7 @@ def backward(
         if scaled:
             value.mul_(row_scale[:, None])
         if name not in into:
-            rows.put_all(out[name], value, call.row_chunk)
+            rows.put_all(out[name], value, call.plan.row_chunk)
     return out
 
 
@@ -255,9 +255,9 @@ class _Head:
     def __init__(self, call: Call, inputs: Inputs):
         self.call, self.inputs = call, inputs
         weight = inputs.weight
-        copied = weight.dtype != call.compute_dtype or weight.stride(1) != 1
+        copied = weight.dtype != call.settings.compute_dtype or weight.stride(1) != 1
         self.columns = head_slice_columns(
-            weight.shape[0], weight.shape[1], call.compute_dtype.itemsize, copied
+            weight.shape[0], weight.shape[1], call.settings.compute_dtype.itemsize, copied
         )
         self.parts = cdiv(weight.shape[0], PART_V)
 
@@ -290,7 +290,7 @@ class _Head:
         return total
 
     def _ready(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.to(self.call.compute_dtype)
+        tensor = tensor.to(self.call.settings.compute_dtype)
         return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -307,14 +307,14 @@ def _score_chunk(
     """Fill the row outputs and exponentials of one row chunk; return its partials and reference."""
     n, device = hidden.shape[0], hidden.device
     V = head.inputs.weight.shape[0]
-    stats = sum(bit for name, (_, bit) in _STATS.items() if name in call.outputs)
+    stats = sum(bit for name, (_, bit) in _STATS.items() if name in call.settings.outputs)
 
     def partial() -> torch.Tensor:
         return torch.empty(head.parts, n, dtype=torch.float32, device=device)
 
     parts = {"max": partial(), "sum": partial()}
     for name, (part, _) in _STATS.items():
-        if part is not None and name in call.outputs:
+        if part is not None and name in call.settings.outputs:
             parts[part] = partial()
     # what a label that no tile owns leaves behind
     parts["target"] = out["target"].fill_(call.absent_logit)
@@ -370,11 +370,13 @@ def _vectors(
     if rows.everywhere is not None:
         linear["everywhere"] = rows.everywhere
     row_scale = torch.ones_like(rows.on_p)
-    if call.compute_dtype == torch.float16:
+    if call.settings.compute_dtype == torch.float16:
         # fp16 would flush small entries, so each row's bound is brought to 1024; p (log p +
         # entropy) is at most log V < 16
-        slopes = {"on_label": 1.0, "g_entropy": 16.0 * call.slope}
-        bounds = [value.abs() * slopes.get(name, call.slope) for name, value in linear.items()]
+        slopes = {"on_label": 1.0, "g_entropy": 16.0 * call.settings.slope}
+        bounds = [
+            value.abs() * slopes.get(name, call.settings.slope) for name, value in linear.items()
+        ]
         largest = torch.stack(bounds).amax(0)
         _, exponent = torch.frexp(largest)
         scale = torch.ldexp(torch.ones_like(largest), exponent - 10)
@@ -388,14 +390,14 @@ def _vectors(
 
 
 def _transform_arguments(call: Call) -> dict[str, float | int]:
-    if call.softcap is not None:
+    if call.settings.softcap is not None:
         return {
             "transform_kind": logits_tile.CAPPED.value,
-            "scale": call.logit_scale / call.softcap,
-            "softcap": call.softcap / call.temperature,
+            "scale": call.settings.logit_scale / call.settings.softcap,
+            "softcap": call.settings.softcap / call.settings.temperature,
         }
-    kind = 0 if call.slope == 1.0 else logits_tile.SCALED.value
-    return {"transform_kind": kind, "scale": call.slope, "softcap": 1.0}
+    kind = 0 if call.settings.slope == 1.0 else logits_tile.SCALED.value
+    return {"transform_kind": kind, "scale": call.settings.slope, "softcap": 1.0}
 
 
 def _rows_of(call: Call, rows: Rows, inputs: Inputs, start: int, stop: int):
@@ -404,7 +406,7 @@ def _rows_of(call: Call, rows: Rows, inputs: Inputs, start: int, stop: int):
     def ready(tensor: torch.Tensor | None, packed: bool) -> torch.Tensor | None:
         if tensor is None:
             return None
-        value = rows.take(tensor, start, stop).to(call.compute_dtype)
+        value = rows.take(tensor, start, stop).to(call.settings.compute_dtype)
         # rows that overlap in memory (an expanded tensor) have no row stride to load by
         strided = value.stride(-1) == 1 and value.stride(0) >= value.shape[1]
         return value if strided and not packed else value.contiguous()
@@ -424,7 +426,7 @@ def _tile(kernel: str, call: Call, hidden: torch.Tensor, weight: torch.Tensor) -
     return tile_for(
         kernel,
         arch_of(device),
-        call.compute_dtype,
+        call.settings.compute_dtype,
         shared_bytes=shared_bytes(device),
         tma=aligned and device.type == "cuda",
     )

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels.calls.preference_loss import GRAD_ROWS, PairCall, PairData, Scored, Side
+from spo_kernels.calls.preference_loss import GRAD_ROWS, LossOptions, PairData, Scored, Side
 from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.pair_tokens import (
     MAX_REGISTERS,
@@ -221,7 +221,7 @@ def _preference_loss_fwd_kernel(
 
 
 def preference_loss_fwd(
-    chosen: Side, rejected: Side, response: Side | None, data: PairData, call: PairCall
+    chosen: Side, rejected: Side, response: Side | None, data: PairData, call: LossOptions
 ) -> Scored:
     """Return losses, rewards and slopes. Inputs are checked and on one device."""
     P, device = chosen.form.pairs, chosen.logps.device

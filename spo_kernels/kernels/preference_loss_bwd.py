@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels.calls.preference_loss import Form, PairCall, Scored
+from spo_kernels.calls.preference_loss import Form, LossOptions, Scored
 from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.pair_tokens import blocks, form_pointers_of, write_side
 from spo_kernels.kernels.preference_terms import POLICY, SORTED, STATISTIC
@@ -125,7 +125,7 @@ def preference_loss_bwd(
     grad_losses: torch.Tensor,
     scored: Scored,
     forms: tuple[Form, Form, Form | None],
-    call: PairCall,
+    call: LossOptions,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of the three responses' log-probs, None where not needed."""

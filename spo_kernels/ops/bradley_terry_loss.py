@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,10 +16,9 @@ from spo_kernels.calls.checks import (
     check_tensor,
     dtype_name,
     fail,
-    refuse_double_backward,
 )
 from spo_kernels.calls.loss_table import Parameter
-from spo_kernels.ops.graph.loss_op import Like, loss_in_graph
+from spo_kernels.ops.loss_op import Like, loss_op
 from spo_kernels.torch_backend import bradley_terry_loss as torch_backend
 
 _OP = "bradley_terry_loss"
@@ -85,9 +84,7 @@ def bradley_terry_loss(
     refuse_fp64_on_triton(_OP, backend, {**rewards, "margins": margins})
     call = _Call(backend=backend, center=center)
     flat = (tensor.squeeze(-1) if tensor.dim() == 2 else tensor for tensor in rewards.values())
-    if backend == "triton" and torch.compiler.is_compiling():
-        return BradleyTerryLossOutput(*_in_graph(call, *flat, margins))
-    return BradleyTerryLossOutput(*_BradleyTerryLossFunction.apply(*flat, margins, call))
+    return BradleyTerryLossOutput(*_run(call, *flat, margins))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,31 +100,6 @@ class _Call:
     @classmethod
     def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "_Call":
         return cls(*words, *numbers)
-
-
-class _BradleyTerryLossFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        chosen: torch.Tensor,
-        rejected: torch.Tensor,
-        margins: torch.Tensor | None,
-        call: _Call,
-    ):
-        ctx.set_materialize_grads(False)
-        losses, is_correct, grads = _forward(call, chosen, rejected, margins)
-        ctx.mark_non_differentiable(is_correct)
-        ctx.save_for_backward(grads)
-        ctx.call, ctx.likes = call, (Like(chosen.shape, chosen.dtype),) * 2
-        return losses, is_correct
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: torch.Tensor | None, _: None):
-        refuse_double_backward(_OP)
-        if grad_losses is None:
-            return None, None, None, None
-        needs = ctx.needs_input_grad
-        return *_backward(ctx.call, grad_losses, ctx.saved_tensors, ctx.likes, needs), None, None
 
 
 def _forward(
@@ -161,7 +133,7 @@ def _backward(
     return grad_chosen if needs[0] else None, grad_rejected if needs[1] else None
 
 
-_in_graph = loss_in_graph(
+_run = loss_op(
     _OP,
     "chosen, rejected, margins?",
     call_type=_Call,

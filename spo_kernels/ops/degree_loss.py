@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,9 +15,8 @@ from spo_kernels.calls.checks import (
     check_tensor,
     compute_dtype,
     fail,
-    refuse_double_backward,
 )
-from spo_kernels.ops.graph.loss_op import Like, loss_in_graph
+from spo_kernels.ops.loss_op import Like, loss_op
 from spo_kernels.torch_backend import degree_loss as torch_degree_loss
 
 _OP = "degree_loss"
@@ -83,9 +82,7 @@ def degree_loss(
     refuse_fp64_on_triton(_OP, backend, {"hidden": hidden, "head_weight": head_weight})
     call = _Call(backend=backend, center_views=center_views)
     tensors = (hidden, head_weight, head_bias, removal_levels, segment_offsets)
-    if torch.compiler.is_compiling():
-        return DegreeLossOutput(*_in_graph(call, *tensors))
-    return DegreeLossOutput(*_DegreeLossFunction.apply(*tensors, call))
+    return DegreeLossOutput(*_run(call, *tensors))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,40 +98,6 @@ class _Call:
     @classmethod
     def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "_Call":
         return cls(backend=words[0], center_views=words[1] == "centered")
-
-
-class _DegreeLossFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        head_weight: torch.Tensor,
-        head_bias: torch.Tensor | None,
-        levels: torch.Tensor,
-        segment_offsets: torch.Tensor,
-        call: _Call,
-    ):
-        ctx.set_materialize_grads(False)
-        *outputs, level_grad, head_grad = _forward(
-            call, hidden, head_weight, head_bias, levels, segment_offsets
-        )
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(levels, segment_offsets, level_grad, head_grad)
-        ctx.call = call
-        ctx.likes = [
-            None if tensor is None else Like(tensor.shape, tensor.dtype)
-            for tensor in (hidden, head_weight, head_bias)
-        ]
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: torch.Tensor | None, *_: None):
-        refuse_double_backward(_OP)
-        if grad_losses is None:
-            return (None,) * 6
-        needs = ctx.needs_input_grad[:3]
-        grads = _backward(ctx.call, grad_losses, ctx.saved_tensors, ctx.likes, needs)
-        return *grads, None, None, None
 
 
 def _forward(
@@ -197,7 +160,7 @@ def _backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-_in_graph = loss_in_graph(
+_run = loss_op(
     _OP,
     "hidden, head_weight, head_bias?, levels, segment_offsets",
     call_type=_Call,
@@ -207,6 +170,8 @@ _in_graph = loss_in_graph(
     forward=_forward,
     like=_like,
     backward=_backward,
+    # traced, the row counts of a batch would each be a graph of their own
+    traced_backends=(),
 )
 
 

@@ -13,13 +13,13 @@ from spo_kernels.calls.checks import (
     fail,
     refuse_double_backward,
 )
-from spo_kernels.calls.linear_logprob import Call, Inputs, Kept, RowGrads, Rows
+from spo_kernels.calls.linear_logprob import Call, Inputs, Kept, RowGrads, Rows, Settings
 from spo_kernels.calls.linear_logprob_checks import check_head_inputs
+from spo_kernels.calls.plan import GRAD_INPUTS, OUTPUTS, STRATEGIES
 from spo_kernels.ops import linear_logprob_vocab_parallel as vocab_parallel
-from spo_kernels.ops.graph.linear_logprob import linear_logprob_in_graph
-from spo_kernels.ops.linear_logprob_call import Settings, backend_of, needed_grads
+from spo_kernels.ops.linear_logprob_call import backend_of, needed_grads, planned_call
+from spo_kernels.ops.linear_logprob_graph import linear_logprob_in_graph
 from spo_kernels.ops.linear_logprob_rows import graph_rows_of, reads_no_host, scored_rows_of
-from spo_kernels.planner.linear_logprob import GRAD_INPUTS, OUTPUTS, STRATEGIES
 
 _OP = "linear_logprob"
 _DIFFERENTIABLE = ("logps", "entropy", "logsumexp", "mean_logits")
@@ -123,43 +123,62 @@ def linear_logprob(
         _refuse_in_graph(group, validate)
     shard = None if group is None else vocab_parallel.shard_of(_OP, group, weight, labels)
     lora_a, lora_b = lora if lora is not None else (None, None)
-    exact = found = None
-    if in_graph:
-        found = graph_rows_of(
-            _OP, hidden, lora_a, labels, weight.shape[0], ignore_index, scored_rows
-        )
-        hidden, lora_a, rows, row_labels = found[:4]
-    else:
-        rows, row_labels, exact = scored_rows_of(
-            _OP, hidden, labels, weight.shape[0], ignore_index, scored_rows, validate, shard
-        )
     tensors = (hidden, weight, bias, lora_a, lora_b)
-    needs = needed_grads(tensors)
     settings = Settings(
-        ",".join(outputs),
-        ",".join(name for name in GRAD_INPUTS if name in needs),
-        strategy,
-        backend,
-        compute_dtype,
-        temperature,
-        logit_scale,
-        softcap,
-        budget_bytes,
+        backend=backend,
+        compute_dtype=compute_dtype,
+        needs_grad=needed_grads(tensors),
+        outputs=frozenset(outputs),
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        strategy=strategy,
+        budget_bytes=budget_bytes,
     )
-    if torch.compiler.is_compiling():
-        values = linear_logprob_in_graph(tensors, row_labels, rows, settings)
-        return LinearLogprobOutput(*map(found.repaired, values))
-    call = settings.planned(rows, tensors, shard)
-    values = _LinearLogprobFunction.apply(*tensors, row_labels, rows, call)
+    if in_graph:
+        values = score_without_host(_OP, settings, tensors, labels, ignore_index, scored_rows)
+        return LinearLogprobOutput(*values)
+    rows, row_labels, exact = scored_rows_of(
+        _OP, hidden, labels, weight.shape[0], ignore_index, scored_rows, validate, shard
+    )
+    values = score_rows(planned_call(settings, rows, tensors, shard), tensors, row_labels, rows)
     if exact is not None:
         # a wrong scored_rows must not pass for a result
         values = tuple(
             value if value is None or value.dtype == torch.bool else value.where(exact, torch.nan)
             for value in values
         )
-    if found is not None:
-        values = map(found.repaired, values)
     return LinearLogprobOutput(*values)
+
+
+def score_rows(
+    call: Call,
+    tensors: tuple[torch.Tensor | None, ...],
+    row_labels: torch.Tensor,
+    rows: Rows,
+) -> tuple[torch.Tensor | None, ...]:
+    """Run a checked and planned call; return the row outputs in the order of ``OUTPUTS``."""
+    return _LinearLogprobFunction.apply(*tensors, row_labels, rows, call)
+
+
+def score_without_host(
+    op: str,
+    settings: Settings,
+    tensors: tuple[torch.Tensor | None, ...],
+    labels: torch.Tensor,
+    ignore_index: int,
+    scored_rows: int | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Run a checked call that is traced or captured, where the host has no numbers to read."""
+    hidden, weight, bias, lora_a, lora_b = tensors
+    found = graph_rows_of(op, hidden, lora_a, labels, weight.shape[0], ignore_index, scored_rows)
+    tensors = (found.hidden, weight, bias, found.lora_a, lora_b)
+    if torch.compiler.is_compiling():
+        values = linear_logprob_in_graph(tensors, found.labels, found.rows, settings)
+    else:
+        call = planned_call(settings, found.rows, tensors)
+        values = score_rows(call, tensors, found.labels, found.rows)
+    return tuple(map(found.repaired, values))
 
 
 def _refuse_in_graph(group: dist.ProcessGroup | None, validate: bool) -> None:
@@ -190,13 +209,13 @@ class _LinearLogprobFunction(torch.autograd.Function):
         inputs = Inputs(hidden, weight, bias, lora_a, lora_b, labels)
         # autocast would round the fp32 products of the tiles
         with torch.autocast(hidden.device.type, enabled=False):
-            values, kept = backend_of(call.backend).forward(call, rows, inputs)
+            values, kept = backend_of(call.settings.backend).forward(call, rows, inputs)
             if call.shard is not None:
                 values, kept = vocab_parallel.combine(call, inputs, values, kept)
         ctx.save_for_backward(*inputs, *kept)
         ctx.call, ctx.rows = call, rows
         out = tuple(
-            rows.spread(values[name]) if name in call.outputs else None
+            rows.spread(values[name]) if name in call.settings.outputs else None
             for name in LinearLogprobOutput._fields
         )
         ctx.mark_non_differentiable(
@@ -228,7 +247,7 @@ class _LinearLogprobFunction(torch.autograd.Function):
         )
         if all(grad is None for grad in grads) or not need:
             return (None,) * 8
-        run = backend_of(call.backend).backward
+        run = backend_of(call.settings.backend).backward
         if call.shard is not None:
             run = functools.partial(vocab_parallel.backward, run)
         with torch.autocast(inputs.hidden.device.type, enabled=False):

@@ -1,12 +1,13 @@
-"""From what a ``linear_logprob`` call was asked for to what it runs, eager and traced alike."""
+"""From the checked settings of a ``linear_logprob`` call to its plan and its backend."""
 
 from operator import index
-from typing import Any, NamedTuple
 
 import torch
 
-from spo_kernels.calls.linear_logprob import Call, Rows, Shard
-from spo_kernels.planner.linear_logprob import GRAD_INPUTS, plan_linear_logprob
+from spo_kernels.calls.linear_logprob import Call, Rows, Settings, Shard
+from spo_kernels.calls.plan import GRAD_INPUTS
+from spo_kernels.planner.linear_logprob import plan_sizes
+from spo_kernels.planner.models import Sizes
 
 
 def backend_of(name: str):
@@ -38,69 +39,43 @@ def needed_grads(tensors: tuple[torch.Tensor | None, ...]) -> frozenset[str]:
     )
 
 
-class Settings(NamedTuple):
-    """What a call was asked for, in the order in which the custom ops take it."""
-
-    outputs: str  # names, separated by commas
-    needs_grad: str
-    strategy: str
-    backend: str
-    compute_dtype: torch.dtype
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-    budget_bytes: int | None
-
-    def question(self, rows: Rows, tensors: tuple[torch.Tensor | None, ...]) -> dict[str, Any]:
-        """Return what ``plan_linear_logprob`` asks about a call, but for its wishes and its device.
-
-        ``tensors`` are hidden, weight, bias, lora_a and lora_b.
-        """
-        hidden, weight, bias, _, lora_b = tensors
-        return {
-            "rows": rows.count,
-            # index() makes plain integers of sizes that are symbols in a traced graph
-            "hidden_size": index(weight.shape[1]),
-            "vocab_size": index(weight.shape[0]),
-            "dtype": self.compute_dtype,
-            "weight_dtype": weight.dtype,
-            "needs_grad": frozenset(names_of(self.needs_grad)),
-            "outputs": names_of(self.outputs),
-            "bias": bias is not None,
-            "lora_rank": 0 if lora_b is None else index(lora_b.shape[1]),
-            "softcap": self.softcap,
-            "gathered": rows.index is not None,
-            "hidden_dtype": hidden.dtype,
-            "head_copied": weight.stride(1) != 1,
-        }
-
-    def planned(
-        self, rows: Rows, tensors: tuple[torch.Tensor | None, ...], shard: Shard | None = None
-    ) -> Call:
-        """Return the call for these rows."""
-        question = self.question(rows, tensors)
-        plan = plan_linear_logprob(
-            **question,
-            group_size=1 if shard is None else shard.group.size(),
-            budget_bytes=self.budget_bytes,
-            strategy=self.strategy,
-            device=planned_device(self.backend, tensors[0].device),
-        )
-        return Call(
-            backend=self.backend,
-            strategy=plan.strategy,
-            row_chunk=plan.row_chunk,
-            vocab_chunk=plan.vocab_chunk,
-            outputs=frozenset(question["outputs"]),
-            needs_grad=question["needs_grad"],
-            compute_dtype=self.compute_dtype,
-            temperature=self.temperature,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            shard=shard,
-        )
+def sizes_of(
+    settings: Settings,
+    rows: Rows,
+    tensors: tuple[torch.Tensor | None, ...],
+    shard: Shard | None = None,
+) -> Sizes:
+    """Return what the planner asks about a call; ``tensors`` are those of ``GRAD_INPUTS``."""
+    hidden, weight, _, _, lora_b = tensors
+    return Sizes(
+        N=rows.count,
+        # index() makes plain integers of sizes that are symbols in a traced graph
+        H=index(weight.shape[1]),
+        V=index(weight.shape[0]),
+        R=0 if lora_b is None else index(lora_b.shape[1]),
+        dtype=settings.compute_dtype,
+        hidden_dtype=hidden.dtype,
+        weight_dtype=weight.dtype,
+        needs=settings.needs_grad,
+        outputs=settings.outputs,
+        capped=settings.softcap is not None,
+        gathered=rows.index is not None,
+        head_strided=weight.stride(1) != 1,
+        ranks=1 if shard is None else shard.group.size(),
+    )
 
 
-def names_of(joined: str) -> tuple[str, ...]:
-    """Return the names that ``joined`` separates by commas."""
-    return tuple(joined.split(",")) if joined else ()
+def planned_call(
+    settings: Settings,
+    rows: Rows,
+    tensors: tuple[torch.Tensor | None, ...],
+    shard: Shard | None = None,
+) -> Call:
+    """Plan a call on these rows."""
+    plan = plan_sizes(
+        sizes_of(settings, rows, tensors, shard),
+        budget_bytes=settings.budget_bytes,
+        strategy=settings.strategy,
+        device=planned_device(settings.backend, tensors[0].device),
+    )
+    return Call(settings, plan, shard)

@@ -59,11 +59,11 @@ def combine(
     }
     # in one order on every rank
     for name in ("entropy", "log_sum_sq_probs", "is_top1"):
-        if name in call.outputs:
+        if name in call.settings.outputs:
             mine[name] = values[name]
-    if "mean_logits" in call.outputs:
+    if "mean_logits" in call.settings.outputs:
         mine["sum"] = values["mean_logits"] * inputs.weight.shape[0]
-    if "is_top1" in call.outputs:
+    if "is_top1" in call.settings.outputs:
         mine["row_max"] = values["row_max"]
     dtype = kept.logsumexp.dtype
     stacked = torch.stack([value.to(dtype) for value in mine.values()])
@@ -136,7 +136,7 @@ def backward(
             dist.all_reduce(total, group=call.shard.group)
         tensor = getattr(inputs, name)
         grad[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        rows.put_all(grad[name], total, call.row_chunk)
+        rows.put_all(grad[name], total, call.plan.row_chunk)
     return grad
 
 

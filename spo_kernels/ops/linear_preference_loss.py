@@ -9,13 +9,14 @@ import torch
 
 from spo_kernels.calls.backends import refuse_fp64_on_triton, resolve_backend
 from spo_kernels.calls.checks import check_choice, check_positive_float, refuse_double_backward
-from spo_kernels.calls.linear_logprob import Call, Inputs, Rows
+from spo_kernels.calls.linear_logprob import Call, Inputs, Rows, Settings
 from spo_kernels.calls.linear_logprob_checks import check_head_inputs
 from spo_kernels.calls.loss_table import MAX_BATCH_PAIRS
+from spo_kernels.calls.plan import GRAD_INPUTS, PAIR_STRATEGIES
 from spo_kernels.calls.preference_loss import PairData
-from spo_kernels.calls.preference_loss_checks import check_call, check_mix, check_sides
-from spo_kernels.ops.linear_logprob import linear_logprob
-from spo_kernels.ops.linear_logprob_call import needed_grads, planned_device
+from spo_kernels.calls.preference_loss_checks import check_options, check_sides
+from spo_kernels.ops.linear_logprob import score_rows, score_without_host
+from spo_kernels.ops.linear_logprob_call import needed_grads, planned_device, sizes_of
 from spo_kernels.ops.linear_logprob_rows import rows_of
 from spo_kernels.ops.linear_preference_loss_batch import (
     check_batch,
@@ -30,14 +31,8 @@ from spo_kernels.ops.linear_preference_loss_pairwise import (
     pairwise_forward,
     scaled_gradient,
 )
-from spo_kernels.ops.preference_loss import preference_loss
-from spo_kernels.planner.linear_logprob import GRAD_INPUTS
-from spo_kernels.planner.linear_preference_loss import (
-    PAIR_STRATEGIES,
-    POSITION_BYTES,
-    pair_groups,
-    plan_linear_preference_loss,
-)
+from spo_kernels.ops.preference_loss import pair_losses
+from spo_kernels.planner.linear_preference_loss import pair_groups, plan_pairs
 
 _OP = "linear_preference_loss"
 
@@ -142,35 +137,34 @@ def linear_preference_loss(
         type, no vocabulary-sized tile outside the budget.
     """
     compute_dtype = check_head_inputs(_OP, hidden, weight, labels, bias, lora)
-    losses, weights = check_mix(loss_type, loss_weights)
-    parameters = {
-        "beta": beta,
-        "label_smoothing": label_smoothing,
-        "discopop_tau": discopop_tau,
-        "simpo_gamma": simpo_gamma,
-        "alphapo_alpha": alphapo_alpha,
-        "ada_rho": ada_rho,
-        "ada_tau_min": ada_tau_min,
-        "ada_tau_max": ada_tau_max,
-        "clip_chosen": clip_chosen,
-        "clip_rejected": clip_rejected,
-        "rwr_temperature": rwr_temperature,
-        "rwr_max_weight": rwr_max_weight,
-        "min_reward_margin": min_reward_margin,
-    }
-    loss = check_call(
-        losses, weights, parameters, f_divergence_type, f_alpha_divergence_coef, ld_alpha
+    options = check_options(
+        loss_type=loss_type,
+        loss_weights=loss_weights,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+        ld_alpha=ld_alpha,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
+        simpo_gamma=simpo_gamma,
+        alphapo_alpha=alphapo_alpha,
+        ada_rho=ada_rho,
+        ada_tau_min=ada_tau_min,
+        ada_tau_max=ada_tau_max,
+        clip_chosen=clip_chosen,
+        clip_rejected=clip_rejected,
+        rwr_temperature=rwr_temperature,
+        rwr_max_weight=rwr_max_weight,
+        min_reward_margin=min_reward_margin,
     )
     data = PairData(pair_weights, reward_chosen, reward_rejected)
-    blocks = check_batch(_OP, hidden, labels, ref_logps, response_labels, loss)
-    P = labels.shape[0] // blocks
+    roles = check_batch(_OP, hidden, labels, ref_logps, response_labels, options)
+    P = labels.shape[0] // roles
     scored = labels != ignore_index
-    # what the loss will be given, without memory: the checks read shapes, dtypes and devices
+    # stand-ins without memory: the checks read shapes, dtypes and devices of what the loss gets
     shadow = hidden.new_zeros((), dtype=torch.float32).expand(labels.shape)
-    chosen, rejected, response = sides_of(
-        shadow, scored, ref_logps, response_labels, blocks, ignore_index
-    )
-    check_sides(chosen, rejected, response, data, loss)
+    sides = sides_of(shadow, scored, ref_logps, response_labels, roles, ignore_index)
+    check_sides(*sides, data, options)
     temperature = check_positive_float(_OP, "temperature", temperature)
     logit_scale = check_positive_float(_OP, "logit_scale", logit_scale)
     if softcap is not None:
@@ -178,8 +172,8 @@ def linear_preference_loss(
     check_choice(_OP, "strategy", strategy, ("auto", *PAIR_STRATEGIES))
     backend = resolve_backend(_OP, backend, hidden)
     # a kernel holds so many coupled pairs; the answer must not depend on the plan
-    is_too_wide = loss.is_batch and P > MAX_BATCH_PAIRS
-    loss = dataclasses.replace(loss, backend="torch" if is_too_wide else backend)
+    is_too_wide = options.is_batch and P > MAX_BATCH_PAIRS
+    loss_backend = "torch" if is_too_wide else backend
     refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype, "ref_logps": ref_logps})
     in_graph = torch.compiler.is_compiling()
     if in_graph and strategy == "pairwise":
@@ -190,116 +184,67 @@ def linear_preference_loss(
 
     lora_a, lora_b = lora if lora is not None else (None, None)
     tensors = (hidden, weight, bias, lora_a, lora_b)
-    needs = needed_grads(tensors)
-    is_margin = loss.divergence == "reverse_kl" and all(row.of_margin for row in losses)
-    if in_graph:
-        # no counts: linear_logprob scores every row, and plans itself
-        to_score, scored_rows = merged_labels(labels, response_labels, ignore_index), None
-    else:
-        batch = count_batch(_OP, labels, response_labels, blocks, ignore_index, weight.shape[0])
-        rows, row_labels = rows_of(
-            hidden, batch.labels, batch.scored, sum(map(sum, batch.pair_rows))
-        )
-        if P == 0:
-            # nothing to group
-            strategy = "auto"
-        plan = plan_linear_preference_loss(
-            pair_rows=batch.pair_rows,
-            hidden_size=weight.shape[1],
-            vocab_size=weight.shape[0],
-            dtype=compute_dtype,
-            hidden_dtype=hidden.dtype,
-            weight_dtype=weight.dtype,
-            needs_grad=needs,
-            lora_rank=0 if lora_b is None else lora_b.shape[1],
-            softcap=softcap,
-            gathered=rows.index is not None,
-            head_copied=weight.stride(1) != 1,
-            positions=labels.numel(),
-            is_pairwise=not any(row.sorts or row.has_statistic for row in losses),
-            is_streamable=ld_alpha is None and response_labels is None,
-            is_margin=is_margin,
-            budget_bytes=budget_bytes,
-            strategy=strategy,
-            device=planned_device(backend, hidden.device),
-        )
-        to_score, scored_rows, strategy = batch.labels, rows.count, plan.strategy
-        budget_bytes = plan.budget_bytes - POSITION_BYTES * labels.numel()
-    if strategy != "pairwise":
-        logps = linear_logprob(
-            hidden,
-            weight,
-            to_score,
-            bias=bias,
-            lora=lora,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=ignore_index,
-            scored_rows=scored_rows,
-            budget_bytes=budget_bytes,
-            strategy=strategy,
-            backend=backend,
-        ).logps
-        chosen, rejected, response = sides_of(
-            logps, scored, ref_logps, response_labels, blocks, ignore_index
-        )
-        out = preference_loss(
-            chosen.logps,
-            rejected.logps,
-            chosen.ref,
-            rejected.ref,
-            loss_type=[row.name for row in losses],
-            loss_weights=weights,
-            f_divergence_type=f_divergence_type,
-            f_alpha_divergence_coef=f_alpha_divergence_coef,
-            ld_alpha=ld_alpha,
-            **parameters,
-            chosen_mask=chosen.mask,
-            rejected_mask=rejected.mask,
-            response_logps=response.logps,
-            ref_response_logps=response.ref,
-            response_mask=response.mask,
-            pair_weights=pair_weights,
-            reward_chosen=reward_chosen,
-            reward_rejected=reward_rejected,
-            backend=loss.backend,
-        )
+    settings = Settings(
+        backend=backend,
+        compute_dtype=compute_dtype,
+        needs_grad=needed_grads(tensors),
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        strategy=strategy,
+        budget_bytes=budget_bytes,
+    )
+
+    def losses_of(logps: torch.Tensor) -> LinearPreferenceLossOutput:
+        sides = sides_of(logps, scored, ref_logps, response_labels, roles, ignore_index)
+        out = pair_losses(options, loss_backend, sides, data)
         # a reference in fp64 would raise the outputs' dtype here alone
         found = [value.to(logps.dtype) for value in out]
         return LinearPreferenceLossOutput(found[0].sum() / max(P, 1), found[0].detach(), *found[1:])
 
-    groups = tuple(pair_groups(batch.pair_rows, plan.group_rows))
-    pairwise = PairwiseCall(
-        call=Call(
-            backend=backend,
-            strategy="resident",
-            row_chunk=plan.row_chunk,
-            vocab_chunk=plan.vocab_chunk,
-            outputs=frozenset({"logps"}),
-            needs_grad=needs,
-            compute_dtype=compute_dtype,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-        ),
-        loss=loss,
-        groups=groups,
-        group_rows=plan.group_rows,
-        is_margin=is_margin,
-        pair_rows=batch.pair_rows,
-        pair_tokens=batch.pair_tokens,
+    if in_graph:
+        # no counts: every row is scored, within the budget of linear_logprob
+        to_score = merged_labels(labels, response_labels, ignore_index)
+        return losses_of(
+            score_without_host(_OP, settings, tensors, to_score, ignore_index, None)[0]
+        )
+
+    batch = count_batch(_OP, labels, response_labels, roles, ignore_index, weight.shape[0])
+    rows, row_labels = rows_of(hidden, batch.labels, batch.scored, sum(map(sum, batch.pair_rows)))
+    plan = plan_pairs(
+        sizes_of(settings, rows, tensors),
+        batch.pair_rows,
+        positions=labels.numel(),
+        is_pairwise=not options.couples_pairs,
+        is_streamable=ld_alpha is None and response_labels is None,
+        is_margin=options.of_margin,
+        budget_bytes=budget_bytes,
+        # of no pairs nothing is grouped
+        strategy=strategy if P else "auto",
+        device=planned_device(backend, hidden.device),
     )
+    if plan.strategy != "pairwise":
+        return losses_of(score_rows(Call(settings, plan), tensors, row_labels, rows)[0])
+
     has_tokens = ref_logps is not None and ref_logps.dim() == 2
     masks = None, None
     if response_labels is not None:
         none = torch.zeros_like(scored[P:])
         wanted = torch.cat([response_labels != ignore_index, none])
         masks = rows.take_all(scored), rows.take_all(wanted)
+    pairwise = PairwiseCall(
+        # each group is scored as `resident` does it
+        call=Call(settings, dataclasses.replace(plan, strategy="resident")),
+        options=options,
+        loss_backend=loss_backend,
+        groups=tuple(pair_groups(batch.pair_rows, plan.group_rows)),
+        pair_rows=batch.pair_rows,
+        pair_tokens=batch.pair_tokens,
+    )
     pair_tensors = PairTensors(
         row_counts=batch.row_counts,
         token_counts=batch.token_counts,
-        ref_sums=None if ref_logps is None or has_tokens else ref_logps.view(blocks, P),
+        ref_sums=None if ref_logps is None or has_tokens else ref_logps.view(roles, P),
         ref_rows=rows.take_all(ref_logps) if has_tokens else None,
         chosen_mask=masks[0],
         response_mask=masks[1],
@@ -327,7 +272,7 @@ class _LinearPreferenceLossFunction(torch.autograd.Function):
         # autocast would round the fp32 products of the tiles
         with torch.autocast(hidden.device.type, enabled=False):
             result = pairwise_forward(pairwise, rows, inputs, tensors)
-        ctx.row_chunk, ctx.rows = pairwise.call.row_chunk, result.rows
+        ctx.row_chunk, ctx.rows = pairwise.call.plan.row_chunk, result.rows
         ctx.like = {
             name: (getattr(inputs, name).shape, getattr(inputs, name).dtype)
             for name in result.grads

@@ -1,4 +1,7 @@
-"""The batch of ``linear_preference_loss``: which rows are whose, checked and counted."""
+"""The batch of ``linear_preference_loss``: the rows of every role, checked and counted.
+
+A role is chosen, rejected or third response; ``roles`` of them follow each other in a batch.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +15,7 @@ from spo_kernels.calls.checks import (
     check_tensor,
     fail,
 )
-from spo_kernels.calls.preference_loss import PairCall, Side
+from spo_kernels.calls.preference_loss import LossOptions, Side
 from spo_kernels.ops.linear_logprob_rows import read_counts
 
 
@@ -21,7 +24,7 @@ class PairBatch(NamedTuple):
 
     labels: torch.Tensor  # [B, T], those of the response merged into chosen's
     scored: torch.Tensor  # [B, T] bool: labels that are not ignored
-    row_counts: torch.Tensor  # [blocks, P] int64: rows scored of each block of the batch
+    row_counts: torch.Tensor  # [roles, P] int64: rows scored of each role
     token_counts: torch.Tensor  # [responses, P] int64: tokens that count of each response
     pair_rows: list[tuple[int, ...]]  # row_counts on the host, one entry a pair
     pair_tokens: list[tuple[int, ...]]  # token_counts on the host
@@ -31,23 +34,23 @@ def count_batch(
     op: str,
     labels: torch.Tensor,
     response_labels: torch.Tensor | None,
-    blocks: int,
+    roles: int,
     ignore_index: int,
     vocab_size: int,
 ) -> PairBatch:
     """Count rows and tokens in the one host read of the call; refuses labels outside [0, V)."""
-    P = labels.shape[0] // blocks
-    token_counts = (labels != ignore_index).sum(1).view(blocks, P)
+    P = labels.shape[0] // roles
+    token_counts = (labels != ignore_index).sum(1).view(roles, P)
     given, labels = labels, merged_labels(labels, response_labels, ignore_index)
     scored = labels != ignore_index
     if response_labels is not None:
         given = torch.cat([given.long(), response_labels.long()])
         response_counts = (response_labels != ignore_index).sum(1)
         token_counts = torch.cat([token_counts, response_counts[None]])
-    row_counts = scored.sum(1).view(blocks, P)
+    row_counts = scored.sum(1).view(roles, P)
     is_given = given != ignore_index
     counts = read_counts(op, [row_counts, token_counts], given, is_given, vocab_size)
-    rows, tokens = counts[: blocks * P], counts[blocks * P :]
+    rows, tokens = counts[: roles * P], counts[roles * P :]
     pair_rows, pair_tokens = ([tuple(host[p::P]) for p in range(P)] for host in (rows, tokens))
     return PairBatch(labels, scored, row_counts, token_counts, pair_rows, pair_tokens)
 
@@ -68,16 +71,16 @@ def check_batch(
     labels: torch.Tensor,
     ref_logps: torch.Tensor | None,
     response_labels: torch.Tensor | None,
-    loss: PairCall,
+    options: LossOptions,
 ) -> int:
     """Refuse a batch that is not chosen, rejected and third responses; return how many of these."""
     if hidden.dim() != 3:
         fail(op, "hidden", "have shape [B, T, H]", tuple(hidden.shape))
-    readers = [row for row in loss.losses if "response" in row.inputs]
-    blocks = 3 if readers and response_labels is None else 2
+    readers = [row for row in options.losses if "response" in row.inputs]
+    roles = 3 if readers and response_labels is None else 2
     B, T = labels.shape
-    if B % blocks:
-        if blocks == 2:
+    if B % roles:
+        if roles == 2:
             fail(op, "hidden", "hold chosen and rejected rows, an even batch", f"B={B}")
         reason = f"for loss_type={readers[0].name!r}"
         fail(op, "hidden", f"hold chosen, rejected and third rows {reason}", f"B={B}")
@@ -100,7 +103,7 @@ def check_batch(
                 fail(op, "response_labels", requirement, "a tensor", way_out=way_out)
         named["response_labels"] = response_labels
     check_same_device(op, named)
-    return blocks
+    return roles
 
 
 def sides_of(
@@ -108,12 +111,12 @@ def sides_of(
     scored: torch.Tensor,
     ref_logps: torch.Tensor | None,
     response_labels: torch.Tensor | None,
-    blocks: int,
+    roles: int,
     ignore_index: int,
 ) -> list[Side]:
     """Return chosen, rejected and third responses of ``[B, T]`` log-probs."""
-    P = logps.shape[0] // blocks
-    parts = [slice(i * P, (i + 1) * P) for i in range(blocks)]
+    P = logps.shape[0] // roles
+    parts = [slice(i * P, (i + 1) * P) for i in range(roles)]
     sides = [
         Side(logps[part], None if ref_logps is None else ref_logps[part], scored[part])
         for part in parts

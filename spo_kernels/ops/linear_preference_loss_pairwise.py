@@ -1,7 +1,7 @@
 """Strategy ``pairwise`` of ``linear_preference_loss``: the loss of a group while its tiles live.
 
 A group of whole pairs is scored as ``resident`` does it, its loss and the slope of every token
-follow, and its exponentials become gradients at once. A streamed pair goes piece by piece with
+follow, and its exponentials become gradients at once. A streamed pair goes span by span with
 slopes of 1, and its gradients are scaled when both responses are scored. Sums over groups have the
 products' dtype; the head's gradient is cast once, in the backward.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from spo_kernels.calls.linear_logprob import Call, Inputs, Kept, RowGrads, Rows
-from spo_kernels.calls.preference_loss import PairCall, PairData, Scored, Side
+from spo_kernels.calls.preference_loss import LossOptions, PairData, Scored, Side
 from spo_kernels.ops.linear_logprob_call import backend_of
 from spo_kernels.ops.preference_loss import loss_backend_of
 from spo_kernels.planner.linear_preference_loss import PairGroup
@@ -27,15 +27,14 @@ ROW_INPUTS, _HEAD_INPUTS = ("hidden", "lora_a"), ("weight", "bias", "lora_b")
 
 @dataclasses.dataclass(frozen=True)
 class PairwiseCall:
-    """Non-tensor state of a call: how pieces are scored, how pairs are grouped, what they lose."""
+    """Settings for scoring, pair grouping and the loss."""
 
     call: Call
-    loss: PairCall
+    options: LossOptions
+    loss_backend: str
     groups: tuple[PairGroup, ...]
-    group_rows: int
-    is_margin: bool
-    # host counts, one sequence a pair: rows scored of each block of the batch, and tokens that
-    # count of chosen, rejected and, where there is one, the third response
+    # host counts, one sequence a pair: rows scored of each role, and tokens that count of chosen,
+    # rejected and, where there is one, the third response
     pair_rows: Sequence[Sequence[int]]
     pair_tokens: Sequence[Sequence[int]]
 
@@ -43,9 +42,9 @@ class PairwiseCall:
 class PairTensors(NamedTuple):
     """What the loss reads beside the log-probs."""
 
-    row_counts: torch.Tensor  # [blocks, P] int64: pair_rows on the device
+    row_counts: torch.Tensor  # [roles, P] int64: pair_rows on the device
     token_counts: torch.Tensor  # [responses, P] int64: pair_tokens on the device
-    ref_sums: torch.Tensor | None  # [blocks, P]
+    ref_sums: torch.Tensor | None  # [roles, P]
     ref_rows: torch.Tensor | None  # [N], of the scored rows
     chosen_mask: torch.Tensor | None  # [N] bool: rows of chosen that count
     response_mask: torch.Tensor | None  # [N] bool: rows of chosen that count for the response
@@ -69,12 +68,12 @@ def pairwise_forward(
     run = _Run(pairwise, rows, inputs, tensors)
     start = 0
     for group in pairwise.groups:
-        blocks = run.blocks_of(group, start)
+        roles = run.roles_of(group, start)
         if group.streamed:
-            run.stream(group, blocks)
+            run.stream(group, roles)
         else:
-            run.score(group, blocks)
-        start = blocks[-1].stop
+            run.score(group, roles)
+        start = roles[-1].stop
     return PairwiseResult(
         run.losses, run.rewards, run.sums, run.rows, run.row_grads | run.head_grads
     )
@@ -111,11 +110,9 @@ class _Run:
         self, pairwise: PairwiseCall, rows: Rows, inputs: Inputs, tensors: PairTensors
     ) -> None:
         self.pairwise, self.call = pairwise, pairwise.call
-        self.backend, self.loss_backend = (
-            backend_of(self.call.backend),
-            loss_backend_of(pairwise.loss.backend),
-        )
-        # first row of every response in batch order, [blocks][P + 1]
+        self.backend = backend_of(self.call.settings.backend)
+        self.loss_backend = loss_backend_of(pairwise.loss_backend)
+        # first row of every response in batch order, [roles][P + 1]
         self.firsts, start = [], 0
         for counts in zip(*pairwise.pair_rows, strict=True):
             self.firsts.append(list(accumulate(counts, initial=start)))
@@ -134,7 +131,9 @@ class _Run:
         )
         self.offsets = F.pad(tensors.row_counts.cumsum(1), (1, 0))
 
-        dtype = torch.float64 if self.call.compute_dtype == torch.float64 else torch.float32
+        dtype = (
+            torch.float64 if self.call.settings.compute_dtype == torch.float64 else torch.float32
+        )
         P = len(pairwise.pair_rows)
         self.losses = torch.empty(P, dtype=dtype, device=inputs.hidden.device)
         self.rewards, self.sums = self.losses.new_empty(2, P), self.losses.new_empty(2, P)
@@ -142,7 +141,7 @@ class _Run:
         self.row_grads = {
             name: self.losses.new_zeros(rows.count, getattr(inputs, name).shape[-1])
             for name in ROW_INPUTS
-            if name in self.call.needs_grad
+            if name in self.call.settings.needs_grad
         }
         self.head_grads: dict[str, torch.Tensor] = {}
 
@@ -151,59 +150,59 @@ class _Run:
         return {
             name: self.losses.new_zeros(getattr(self.inputs, name).shape)
             for name in _HEAD_INPUTS
-            if name in self.call.needs_grad
+            if name in self.call.settings.needs_grad
         }
 
-    def blocks_of(self, group: PairGroup, start: int) -> list[slice]:
-        """Return where the group's rows of each block of the batch lie, from row ``start`` on."""
-        blocks = []
+    def roles_of(self, group: PairGroup, start: int) -> list[slice]:
+        """Return where the group's rows of each role of the batch lie, from row ``start`` on."""
+        roles = []
         for first in self.firsts:
             stop = start + first[group.stop] - first[group.first]
-            blocks.append(slice(start, stop))
+            roles.append(slice(start, stop))
             start = stop
-        return blocks
+        return roles
 
-    def score(self, group: PairGroup, blocks: list[slice]) -> None:
+    def score(self, group: PairGroup, roles: list[slice]) -> None:
         """Score whole pairs and add their gradients."""
-        piece = slice(blocks[0].start, blocks[-1].stop)
-        logps, kept = self._forward(piece)
-        sides = self._sides(group, blocks, logps)
-        scored, call = self._losses(group, sides)
+        span = slice(roles[0].start, roles[-1].stop)
+        logps, kept = self._forward(span)
+        sides = self._sides(group, roles, logps)
+        scored, options = self._losses(group, sides)
         needs = tuple(side is not None for side in sides)
         forms = tuple(None if side is None else side.form for side in sides)
         slopes = self.loss_backend.preference_loss_bwd(
-            self.slope[group.first : group.stop], scored, forms, call, needs
+            self.slope[group.first : group.stop], scored, forms, options, needs
         )
         slopes = [slope[0] for slope in slopes if slope is not None]
-        if len(slopes) > len(blocks):
+        if len(slopes) > len(roles):
             # the third response has rows of its chosen one
             slopes[0] = slopes[0] + slopes.pop()
         self.head_grads = self.head_grads or self.zeros()
-        self._backward(piece, kept, torch.cat(slopes), self.head_grads)
+        self._backward(span, kept, torch.cat(slopes), self.head_grads)
 
-    def stream(self, group: PairGroup, blocks: list[slice]) -> None:
-        """Score one pair piece by piece and add its gradients, scaled at the end."""
+    def stream(self, group: PairGroup, roles: list[slice]) -> None:
+        """Score one pair span by span and add its gradients, scaled at the end."""
         heads = [self.zeros()]
-        heads += [heads[0] if self.pairwise.is_margin else self.zeros() for _ in blocks[1:]]
+        heads += [heads[0] if self.pairwise.options.of_margin else self.zeros() for _ in roles[1:]]
         # one sum serves a margin: chosen's rows minus rejected's
-        signs = [-1.0 if self.pairwise.is_margin and i else 1.0 for i in range(len(blocks))]
+        signs = [-1.0 if self.pairwise.options.of_margin and i else 1.0 for i in range(len(roles))]
         logps = []
-        for block, head, sign in zip(blocks, heads, signs, strict=True):
-            for start in range(block.start, block.stop, self.pairwise.group_rows):
-                piece = slice(start, min(start + self.pairwise.group_rows, block.stop))
-                values, kept = self._forward(piece)
+        for role, head, sign in zip(roles, heads, signs, strict=True):
+            for start in range(role.start, role.stop, self.call.plan.group_rows):
+                span = slice(start, min(start + self.call.plan.group_rows, role.stop))
+                values, kept = self._forward(span)
                 logps.append(values)
-                self._backward(piece, kept, torch.full_like(values, sign), head)
-                # the next piece's exponentials must not be made beside these
+                self._backward(span, kept, torch.full_like(values, sign), head)
+                # the next span's exponentials must not be made beside these
                 del kept
-        sides = self._sides(group, blocks, torch.cat(logps) if logps else self.losses[:0])
+        sides = self._sides(group, roles, torch.cat(logps) if logps else self.losses[:0])
         scored, _ = self._losses(group, sides)
         grads = scored.grads[:, 0] / len(self.pairwise.pair_rows)
         scales = torch.stack([grads[0] + grads[2], grads[1] + grads[3], grads[4]])
-        for block, scale, sign in zip(blocks, scales, signs, strict=False):
+        for role, scale, sign in zip(roles, scales, signs, strict=False):
             for grad in self.row_grads.values():
-                grad[block] *= scale * sign
-        if self.pairwise.is_margin:
+                grad[role] *= scale * sign
+        if self.pairwise.options.of_margin:
             heads, scales = heads[:1], scales[:1]
         for head, scale in zip(heads, scales, strict=False):
             for value in head.values():
@@ -215,61 +214,63 @@ class _Run:
             for name, value in head.items():
                 self.head_grads[name] += value
 
-    def _forward(self, piece: slice) -> tuple[torch.Tensor, Kept]:
-        values, kept = self.backend.forward(self.call, *self._part(piece))
+    def _forward(self, span: slice) -> tuple[torch.Tensor, Kept]:
+        values, kept = self.backend.forward(self.call, *self._span_inputs(span))
         return values["logps"], kept
 
     def _backward(
-        self, piece: slice, kept: Kept, slopes: torch.Tensor, heads: dict[str, torch.Tensor]
+        self, span: slice, kept: Kept, slopes: torch.Tensor, heads: dict[str, torch.Tensor]
     ) -> None:
-        into = {name: grad[piece] for name, grad in self.row_grads.items()} | heads
+        into = {name: grad[span] for name, grad in self.row_grads.items()} | heads
         grads = RowGrads(slopes.to(kept.logsumexp.dtype), None, None, None)
-        rows, inputs = self._part(piece)
-        self.backend.backward(self.call, rows, inputs, kept, grads, self.call.needs_grad, into=into)
+        rows, inputs = self._span_inputs(span)
+        self.backend.backward(
+            self.call, rows, inputs, kept, grads, self.call.settings.needs_grad, into=into
+        )
 
-    def _part(self, piece: slice) -> tuple[Rows, Inputs]:
+    def _span_inputs(self, span: slice) -> tuple[Rows, Inputs]:
         rows = self.rows
-        if piece != slice(0, rows.count):
-            index = tuple(axis[piece] for axis in rows.index)
-            rows = Rows(piece.stop - piece.start, rows.shape, index)
-        return rows, self.inputs._replace(labels=self.inputs.labels[piece])
+        if span != slice(0, rows.count):
+            index = tuple(axis[span] for axis in rows.index)
+            rows = Rows(span.stop - span.start, rows.shape, index)
+        return rows, self.inputs._replace(labels=self.inputs.labels[span])
 
     def _sides(
-        self, group: PairGroup, blocks: list[slice], logps: torch.Tensor
+        self, group: PairGroup, roles: list[slice], logps: torch.Tensor
     ) -> list[Side | None]:
         """Return chosen, rejected and third responses as packed tokens with offsets."""
         pairs = slice(group.first, group.stop)
-        tensors, start = self.tensors, blocks[0].start
+        tensors, start = self.tensors, roles[0].start
         sides = []
-        for i, block in enumerate(blocks):
+        for i, role in enumerate(roles):
             ref = None
             if tensors.ref_sums is not None:
                 ref = tensors.ref_sums[i, pairs]
             elif tensors.ref_rows is not None:
-                ref = tensors.ref_rows[None, block]
+                ref = tensors.ref_rows[None, role]
             offsets = self.offsets[i, group.first : group.stop + 1]
             mask = tensors.chosen_mask if i == 0 else None
             sides.append(
                 Side(
-                    logps=logps[None, block.start - start : block.stop - start],
+                    logps=logps[None, role.start - start : role.stop - start],
                     ref=ref,
-                    mask=None if mask is None else mask[None, block],
+                    mask=None if mask is None else mask[None, role],
                     offsets=offsets - offsets[0],
                     lengths=tensors.token_counts[i, pairs],
                 )
             )
         if tensors.response_mask is not None:
-            mask = tensors.response_mask[None, blocks[0]]
+            mask = tensors.response_mask[None, roles[0]]
             lengths = tensors.token_counts[2, pairs]
             sides.append(sides[0]._replace(ref=None, mask=mask, lengths=lengths))
         return [*sides, None][:3]
 
-    def _losses(self, group: PairGroup, sides: list[Side | None]) -> tuple[Scored, PairCall]:
+    def _losses(self, group: PairGroup, sides: list[Side | None]) -> tuple[Scored, LossOptions]:
         """Fill the group's outputs; return what the backward needs."""
         pairs = slice(group.first, group.stop)
-        call, counts = self.pairwise.loss, self.pairwise.pair_tokens
-        weights = list(call.weights)
-        for i, loss in enumerate(call.losses):
+        options, counts = self.pairwise.options, self.pairwise.pair_tokens
+        weights = list(options.weights)
+        for i, loss in enumerate(options.losses):
             if loss.mean_over:
                 # a mean over the batch's tokens, not over the group's
                 whole, part = (
@@ -277,16 +278,12 @@ class _Run:
                     for some in (counts, counts[pairs])
                 )
                 weights[i] *= whole / part
-        call = dataclasses.replace(call, weights=tuple(weights))
+        options = dataclasses.replace(options, weights=tuple(weights))
         data = PairData(*(None if t is None else t[pairs] for t in self.tensors.data))
-        scored = self.loss_backend.preference_loss_fwd(*sides, data, call)
+        scored = self.loss_backend.preference_loss_fwd(*sides, data, options)
         self.losses[pairs] = scored.losses
-        for side in range(2):
-            self.rewards[side, pairs], self.sums[side, pairs] = (
-                scored.rewards[side],
-                scored.sums[side],
-            )
-        return scored, call
+        self.rewards[:, pairs], self.sums[:, pairs] = scored.rewards, scored.sums
+        return scored, options
 
 
 def _gather(tensor: torch.Tensor | None, order: list[slice]) -> torch.Tensor | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,14 +16,13 @@ from spo_kernels.calls.checks import (
     check_shape,
     check_tensor,
     fail,
-    refuse_double_backward,
 )
 from spo_kernels.calls.loss_table import (
     LISTWISE_LOSS_TYPES,
     LISTWISE_PARAMETERS,
     ListwiseParameters,
 )
-from spo_kernels.ops.graph.loss_op import Like, loss_in_graph
+from spo_kernels.ops.loss_op import Like, loss_op
 from spo_kernels.torch_backend import listwise_preference_loss as torch_backend
 
 _OP = "listwise_preference_loss"
@@ -107,10 +106,7 @@ def listwise_preference_loss(
     backend = resolve_backend(_OP, backend, logps)
     refuse_fp64_on_triton(_OP, backend, floats)
     call = _Call(backend=backend, loss_type=loss_type, parameters=parameters)
-    tensors = (logps, ref_logps, labels, mask)
-    if backend == "triton" and torch.compiler.is_compiling():
-        return ListwisePreferenceLossOutput(*_in_graph(call, *tensors))
-    return ListwisePreferenceLossOutput(*_ListwisePreferenceLossFunction.apply(*tensors, call))
+    return ListwisePreferenceLossOutput(*_run(call, logps, ref_logps, labels, mask))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,33 +123,6 @@ class _Call:
     @classmethod
     def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "_Call":
         return cls(*words, ListwiseParameters(*numbers))
-
-
-class _ListwisePreferenceLossFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logps: torch.Tensor,
-        ref_logps: torch.Tensor | None,
-        labels: torch.Tensor,
-        mask: torch.Tensor | None,
-        call: _Call,
-    ):
-        ctx.set_materialize_grads(False)
-        losses, rewards, counted, grads = _forward(call, logps, ref_logps, labels, mask)
-        ctx.mark_non_differentiable(rewards, counted)
-        ctx.save_for_backward(grads)
-        ctx.call, ctx.likes = call, (Like(logps.shape, logps.dtype),)
-        return losses, rewards, counted
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: torch.Tensor | None, *_: None):
-        refuse_double_backward(_OP)
-        if grad_losses is None:
-            return (None,) * 5
-        needs = ctx.needs_input_grad[:1]
-        grads = _backward(ctx.call, grad_losses, ctx.saved_tensors, ctx.likes, needs)
-        return *grads, *(None,) * 4
 
 
 def _forward(
@@ -199,7 +168,7 @@ def _backward(
     return ((grads * grad_losses[:, None]).to(likes[0].dtype),)
 
 
-_in_graph = loss_in_graph(
+_run = loss_op(
     _OP,
     "logps, ref_logps?, labels, mask?",
     call_type=_Call,

@@ -3,16 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from spo_kernels.calls.backends import refuse_fp64_on_triton, resolve_backend
-from spo_kernels.calls.checks import refuse_double_backward
 from spo_kernels.calls.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS, formula_lines
-from spo_kernels.calls.preference_loss import PairCall, PairData, Scored, Side
-from spo_kernels.calls.preference_loss_checks import check_call, check_mix, check_sides
-from spo_kernels.ops.graph.preference_loss import preference_loss_in_graph
+from spo_kernels.calls.preference_loss import GRAD_ROWS, Form, LossOptions, PairData, Scored, Side
+from spo_kernels.calls.preference_loss_checks import check_options, check_sides
+from spo_kernels.ops.loss_op import Like, loss_op
 from spo_kernels.torch_backend import preference_loss as torch_backend
 
 _OP = "preference_loss"
@@ -160,27 +159,28 @@ def preference_loss(
         response_logps, ref_response_logps, response_mask, response_offsets, response_lengths
     )
     data = PairData(pair_weights, reward_chosen, reward_rejected)
-    losses, weights = check_mix(loss_type, loss_weights)
-    parameters = {
-        "beta": beta,
-        "label_smoothing": label_smoothing,
-        "discopop_tau": discopop_tau,
-        "simpo_gamma": simpo_gamma,
-        "alphapo_alpha": alphapo_alpha,
-        "ada_rho": ada_rho,
-        "ada_tau_min": ada_tau_min,
-        "ada_tau_max": ada_tau_max,
-        "clip_chosen": clip_chosen,
-        "clip_rejected": clip_rejected,
-        "rwr_temperature": rwr_temperature,
-        "rwr_max_weight": rwr_max_weight,
-        "min_reward_margin": min_reward_margin,
-    }
-    call = check_call(
-        losses, weights, parameters, f_divergence_type, f_alpha_divergence_coef, ld_alpha
+    options = check_options(
+        loss_type=loss_type,
+        loss_weights=loss_weights,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+        ld_alpha=ld_alpha,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
+        simpo_gamma=simpo_gamma,
+        alphapo_alpha=alphapo_alpha,
+        ada_rho=ada_rho,
+        ada_tau_min=ada_tau_min,
+        ada_tau_max=ada_tau_max,
+        clip_chosen=clip_chosen,
+        clip_rejected=clip_rejected,
+        rwr_temperature=rwr_temperature,
+        rwr_max_weight=rwr_max_weight,
+        min_reward_margin=min_reward_margin,
     )
-    check_sides(chosen, rejected, response, data, call)
-    call = dataclasses.replace(call, backend=_resolve_backend(backend, chosen, call))
+    check_sides(chosen, rejected, response, data, options)
+    backend = _resolve_backend(backend, chosen, options)
     floats = {
         "chosen_logps": chosen_logps,
         "rejected_logps": rejected_logps,
@@ -189,54 +189,112 @@ def preference_loss(
         "ref_rejected_logps": ref_rejected_logps,
         "ref_response_logps": ref_response_logps,
     }
-    refuse_fp64_on_triton(_OP, call.backend, floats)
+    refuse_fp64_on_triton(_OP, backend, floats)
     has_lengths = chosen_lengths is not None or rejected_lengths is not None
-    if has_lengths and not (call.needs_lengths or chosen_log_sum_sq_probs is not None):
+    if has_lengths and not (options.needs_lengths or chosen_log_sum_sq_probs is not None):
         chosen, rejected = chosen._replace(lengths=None), rejected._replace(lengths=None)
-    if call.backend == "triton" and torch.compiler.is_compiling():
-        losses, rewards, sums = preference_loss_in_graph(chosen, rejected, response, data, call)
-        return PreferenceLossOutput(losses, *rewards, *sums)
-    return PreferenceLossOutput(
-        *_PreferenceLossFunction.apply(
-            chosen_logps, rejected_logps, response_logps, chosen, rejected, response, data, call
-        )
+    return pair_losses(options, backend, (chosen, rejected, response), data)
+
+
+def pair_losses(
+    options: LossOptions, backend: str, sides: Sequence[Side], data: PairData
+) -> PreferenceLossOutput:
+    """Run a checked call: chosen, rejected and third responses (``Side(None)`` where none is)."""
+    call = _Call(backend, options)
+    others = (tensor for side in sides for tensor in side[1:])
+    losses, rewards, sums = _run(call, *(side.logps for side in sides), *others, *data)
+    return PreferenceLossOutput(losses, *rewards.unbind(), *sums.unbind())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Non-tensor state of one call."""
+
+    backend: str
+    options: LossOptions
+
+    def packed(self) -> tuple[list[str], list[float]]:
+        words, numbers = self.options.packed()
+        return [self.backend, *words], numbers
+
+    @classmethod
+    def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "_Call":
+        return cls(words[0], LossOptions.unpacked(words[1:], numbers))
+
+
+_RESPONSES = ("chosen", "rejected", "response")
+# fields of a side beside its log-probs
+_OTHERS = Side._fields[1:]
+
+
+def _sides_of(tensors: Sequence[torch.Tensor | None]) -> tuple[Side, Side, Side | None]:
+    others = tensors[len(_RESPONSES) :]
+    sides = [
+        Side(logps, *others[i * len(_OTHERS) : (i + 1) * len(_OTHERS)])
+        for i, logps in enumerate(tensors[: len(_RESPONSES)])
+    ]
+    return sides[0], sides[1], None if sides[2].logps is None else sides[2]
+
+
+def _forward(call: _Call, *tensors: torch.Tensor | None) -> Scored:
+    data = PairData(*tensors[-len(PairData._fields) :])
+    backend = loss_backend_of(call.backend)
+    return backend.preference_loss_fwd(*_sides_of(tensors), data, call.options)
+
+
+def _like(call: _Call, *tensors: torch.Tensor | None) -> Scored:
+    """Return what the results of ``_forward`` are allocated as."""
+    options = call.options
+    P, L = _sides_of(tensors)[0].form.pairs, len(options.losses)
+    sorts = any(loss.sorts for loss in options.losses)
+    has_statistic = any(loss.has_statistic for loss in options.losses)
+    return Scored(
+        losses=Like((P,)),
+        rewards=Like((2, P)),
+        sums=Like((2, P)),
+        grads=Like((len(GRAD_ROWS), P)),
+        tails=None if options.ld_alpha is None else Like((2, P), torch.int64),
+        ranks=Like((L, 2, P), torch.int32) if sorts else None,
+        rank_grads=Like((L, 2, P)) if sorts else None,
+        stats=Like((L, 2, P)) if has_statistic else None,
     )
 
 
-class _PreferenceLossFunction(torch.autograd.Function):
-    # what has a gradient stands alone, and once more in its side
-    @staticmethod
-    def forward(
-        ctx: Any,
-        chosen_logps: torch.Tensor,
-        rejected_logps: torch.Tensor,
-        response_logps: torch.Tensor | None,
-        chosen: Side,
-        rejected: Side,
-        response: Side,
-        data: PairData,
-        call: PairCall,
-    ):
-        ctx.set_materialize_grads(False)
-        sides = (chosen, rejected, None if response_logps is None else response)
-        scored = loss_backend_of(call.backend).preference_loss_fwd(*sides, data, call)
-        outputs = (scored.losses, *scored.rewards, *scored.sums)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.call, ctx.forms = call, tuple(None if side is None else side.form for side in sides)
-        ctx.save_for_backward(*scored.kept)
-        return outputs
+def _backward(
+    call: _Call,
+    grad_losses: torch.Tensor,
+    saved: Sequence[torch.Tensor | None],
+    likes: Sequence[Like | None],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of the three responses' log-probs."""
+    masks, offsets, kept = saved[:3], saved[3:6], saved[6:]
+    forms = tuple(
+        None if like is None else Form(*like, mask, places)
+        for like, mask, places in zip(likes, masks, offsets, strict=True)
+    )
+    return loss_backend_of(call.backend).preference_loss_bwd(
+        grad_losses, Scored.of_kept(kept), forms, call.options, needs
+    )
 
-    @staticmethod
-    def backward(ctx: Any, grad_losses: torch.Tensor | None, *_: None):
-        refuse_double_backward(_OP)
-        others = (None,) * 5
-        if grad_losses is None:
-            return (None, None, None, *others)
-        scored = Scored.of_kept(ctx.saved_tensors)
-        grads = loss_backend_of(ctx.call.backend).preference_loss_bwd(
-            grad_losses, scored, ctx.forms, ctx.call, ctx.needs_input_grad[:3]
+
+_run = loss_op(
+    _OP,
+    ", ".join(
+        (
+            "chosen_logps, rejected_logps, response_logps?",
+            *(f"{which}_{field}?" for which in _RESPONSES for field in _OTHERS),
+            *(f"{field}?" for field in PairData._fields),
         )
-        return (*grads, *others)
+    ),
+    call_type=_Call,
+    differentiable=3,
+    outputs=3,
+    saved=tuple(f"{which}_{field}" for field in ("mask", "offsets") for which in _RESPONSES),
+    forward=_forward,
+    like=_like,
+    backward=_backward,
+)
 
 
 def loss_backend_of(name: str):
@@ -248,12 +306,12 @@ def loss_backend_of(name: str):
     return torch_backend
 
 
-def _resolve_backend(backend: str, chosen: Side, call: PairCall) -> str:
+def _resolve_backend(backend: str, chosen: Side, options: LossOptions) -> str:
     resolved = resolve_backend(_OP, backend, chosen.logps)
-    if resolved == "triton" and call.is_batch and chosen.form.pairs > MAX_BATCH_PAIRS:
+    if resolved == "triton" and options.is_batch and chosen.form.pairs > MAX_BATCH_PAIRS:
         if backend == "auto":
             return "torch"
-        name = next(loss.name for loss in call.losses if loss.batch)
+        name = next(loss.name for loss in options.losses if loss.batch)
         raise NotImplementedError(
             f"{_OP}: backend='triton' takes up to {MAX_BATCH_PAIRS} pairs for "
             f"loss_type={name!r}, got {chosen.form.pairs}. Use backend='torch' or "

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,14 +16,13 @@ from spo_kernels.calls.checks import (
     check_shape,
     check_tensor,
     fail,
-    refuse_double_backward,
 )
 from spo_kernels.calls.loss_table import (
     UNPAIRED_LOSS_TYPES,
     UNPAIRED_PARAMETERS,
     UnpairedParameters,
 )
-from spo_kernels.ops.graph.loss_op import Like, loss_in_graph
+from spo_kernels.ops.loss_op import Like, loss_op
 from spo_kernels.torch_backend import unpaired_preference_loss as torch_backend
 
 _OP = "unpaired_preference_loss"
@@ -130,7 +129,8 @@ def unpaired_preference_loss(
         parameters=parameters,
         ref_has_tokens=has_tokens and ref_logps is not None and ref_logps.shape == logps.shape,
     )
-    tensors = (
+    *outputs, baselines = _run(
+        call,
         logps,
         ref_logps,
         is_desirable,
@@ -139,10 +139,6 @@ def unpaired_preference_loss(
         ref_kl_logps,
         kl if loss_type == "kto" else reward_shift,
     )
-    if backend == "triton" and torch.compiler.is_compiling():
-        *outputs, baselines = _in_graph(call, *tensors)
-    else:
-        *outputs, baselines = _UnpairedPreferenceLossFunction.apply(*tensors, call)
     return UnpairedPreferenceLossOutput(*outputs, kl=baselines[0], reward_shift=baselines[1])
 
 
@@ -163,45 +159,6 @@ class _Call:
     def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> "_Call":
         backend, loss_type, ref = words
         return cls(backend, loss_type, UnpairedParameters(*numbers), ref == "tokens")
-
-
-class _UnpairedPreferenceLossFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logps: torch.Tensor,
-        ref_logps: torch.Tensor | None,
-        is_desirable: torch.Tensor,
-        segment_offsets: torch.Tensor | None,
-        kl_logps: torch.Tensor | None,
-        ref_kl_logps: torch.Tensor | None,
-        baseline: torch.Tensor | None,
-        call: _Call,
-    ):
-        ctx.set_materialize_grads(False)
-        losses, rewards, sums, baselines, grads = _forward(
-            call,
-            logps,
-            ref_logps,
-            is_desirable,
-            segment_offsets,
-            kl_logps,
-            ref_kl_logps,
-            baseline,
-        )
-        ctx.mark_non_differentiable(rewards, sums, baselines)
-        ctx.save_for_backward(segment_offsets, grads)
-        ctx.call, ctx.likes = call, (Like(logps.shape, logps.dtype),)
-        return losses, rewards, sums, baselines
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: torch.Tensor | None, *_: None):
-        refuse_double_backward(_OP)
-        if grad_losses is None:
-            return (None,) * 8
-        needs = ctx.needs_input_grad[:1]
-        grads = _backward(ctx.call, grad_losses, ctx.saved_tensors, ctx.likes, needs)
-        return *grads, *(None,) * 7
 
 
 def _forward(
@@ -260,7 +217,7 @@ def _backward(
     return (grad_logps[:, None].expand(shape) if len(shape) == 2 else grad_logps,)
 
 
-_in_graph = loss_in_graph(
+_run = loss_op(
     _OP,
     "logps, ref_logps?, is_desirable, segment_offsets?, kl_logps?, ref_kl_logps?, baseline?",
     call_type=_Call,

@@ -9,11 +9,11 @@ forward to backward.
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 
 from spo_kernels.calls.checks import check_choice, fail
+from spo_kernels.calls.plan import GRAD_INPUTS, OUTPUTS, STRATEGIES, Candidate, Plan, Strategy
 from spo_kernels.planner.models import (
     MIN_VOCAB_STEP,
     Sizes,
@@ -21,12 +21,6 @@ from spo_kernels.planner.models import (
     torch_candidates,
     triton_candidates,
 )
-
-Strategy = Literal["score", "direction", "resident", "recompute", "pairwise"]
-# what linear_logprob can run; ``pairwise`` is linear_preference_loss's own
-STRATEGIES: tuple[Strategy, ...] = ("score", "direction", "resident", "recompute")
-OUTPUTS = ("logps", "entropy", "logsumexp", "mean_logits", "is_top1", "log_sum_sq_probs")
-GRAD_INPUTS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 
 _OP = "plan_linear_logprob"
 _MIB = 1 << 20
@@ -50,72 +44,6 @@ _DEVICES = {
     "sm_100": DeviceFacts(1.8e15, 6.5e12, 256 * _MIB),
     "cpu": DeviceFacts(2.44e11, 1.13e10, 64 * _MIB),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One (strategy, row chunk, vocab chunk) with its predicted cost."""
-
-    strategy: Strategy
-    row_chunk: int
-    vocab_chunk: int
-    gemm_units: int
-    bytes_moved: int
-    peak_bytes: int
-    time_ms: float
-    # pairwise: rows whose exponentials live at one time
-    group_rows: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a call will run, and the table it was chosen from."""
-
-    strategy: Strategy
-    row_chunk: int
-    vocab_chunk: int
-    gemm_units: int
-    bytes_moved: int
-    peak_bytes: int
-    time_ms: float
-    budget_bytes: int
-    rows: int
-    hidden_size: int
-    vocab_size: int
-    device: str
-    candidates: tuple[Candidate, ...]
-    op: str = "linear_logprob"
-    group_rows: int = 0
-
-    def explain(self) -> str:
-        """Return the table the plan was chosen from, the chosen row marked with ``*``."""
-        head = (
-            f"{self.op}: {self.rows} rows x hidden {self.hidden_size} x vocab "
-            f"{self.vocab_size} on {self.device}, budget {_human(self.budget_bytes)}"
-        )
-        titles = ("", "strategy", "units", "row_chunk", "vocab_chunk", "workspace", "moved", "time")
-        lines = [titles]
-        mine = (self.strategy, self.row_chunk, self.vocab_chunk, self.group_rows)
-        for c in self.candidates:
-            chosen = (c.strategy, c.row_chunk, c.vocab_chunk, c.group_rows) == mine
-            mark = "*" if chosen else "" if c.peak_bytes <= self.budget_bytes else "over"
-            lines.append(
-                (
-                    mark,
-                    c.strategy + (f" of {c.group_rows} rows" if c.group_rows else ""),
-                    str(c.gemm_units),
-                    str(c.row_chunk),
-                    str(c.vocab_chunk),
-                    _human(c.peak_bytes),
-                    _human(c.bytes_moved),
-                    f"{c.time_ms:.2f} ms",
-                )
-            )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-        table = [
-            "  ".join(cell.rjust(w) for cell, w in zip(ln, widths, strict=True)) for ln in lines
-        ]
-        return "\n".join([head, *table])
 
 
 def plan_linear_logprob(
@@ -183,69 +111,45 @@ def plan_linear_logprob(
     for name in asked:
         check_choice(_OP, "outputs", name, OUTPUTS)
     check_choice(_OP, "strategy", strategy, ("auto", *STRATEGIES))
-    budget_bytes = check_budget(
-        _OP,
-        budget_bytes,
-        default_budget_bytes(
-            rows, hidden_size, vocab_size, needs, itemsize=dtype.itemsize, device=device
-        ),
-    )
-    sizes = sizes_of(
-        rows=rows,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        dtype=dtype,
-        hidden_dtype=hidden_dtype,
-        weight_dtype=weight_dtype,
-        needs_grad=needs,
-        outputs=asked,
-        lora_rank=lora_rank,
-        softcap=softcap,
-        gathered=gathered,
-        head_copied=head_copied,
-        group_size=group_size,
-    )
-    allowed = allowed_strategies(sizes.needs, softcap is not None, entropy_grad)
-    if strategy != "auto":
-        allowed = forced_strategy(_OP, strategy, allowed, sizes.needs)
-    candidates = list_candidates(sizes, allowed, budget_bytes, device)
-    return choose(_OP, candidates, sizes, budget_bytes, device)
-
-
-def sizes_of(
-    *,
-    rows: int,
-    hidden_size: int,
-    vocab_size: int,
-    dtype: torch.dtype,
-    hidden_dtype: torch.dtype | None,
-    weight_dtype: torch.dtype | None,
-    needs_grad: Iterable[str],
-    outputs: Iterable[str],
-    lora_rank: int,
-    softcap: float | None,
-    gathered: bool,
-    head_copied: bool,
-    group_size: int = 1,
-) -> Sizes:
-    """Return what the models need of a call."""
-    return Sizes(
+    sizes = Sizes(
         N=rows,
         H=hidden_size,
         V=vocab_size,
         R=lora_rank,
-        item=dtype.itemsize,
-        weight_item=(weight_dtype or dtype).itemsize,
-        needs=frozenset(needs_grad),
-        stats=2 + len({"entropy", "log_sum_sq_probs", "mean_logits"} & set(outputs)),
-        entropy="entropy" in outputs,
+        dtype=dtype,
+        hidden_dtype=hidden_dtype or dtype,
+        weight_dtype=weight_dtype or dtype,
+        needs=frozenset(needs),
+        outputs=frozenset(asked),
         capped=softcap is not None,
-        cast_item=0 if hidden_dtype in (None, dtype) else hidden_dtype.itemsize,
         gathered=gathered,
-        kept_item=2 if dtype == torch.bfloat16 else 4,
-        head_copied=head_copied or (weight_dtype or dtype) != dtype,
+        head_strided=head_copied,
         ranks=group_size,
     )
+    return plan_sizes(
+        sizes,
+        entropy_grad=entropy_grad,
+        budget_bytes=budget_bytes,
+        strategy=strategy,
+        device=device,
+    )
+
+
+def plan_sizes(
+    sizes: Sizes,
+    *,
+    entropy_grad: bool = False,
+    budget_bytes: int | None,
+    strategy: str,
+    device: str,
+) -> Plan:
+    """Choose how a call of these sizes runs; names and sizes have been checked."""
+    budget_bytes = check_budget(_OP, budget_bytes, default_budget_bytes(sizes, device))
+    allowed = allowed_strategies(sizes.needs, sizes.capped, entropy_grad)
+    if strategy != "auto":
+        allowed = forced_strategy(_OP, strategy, allowed, sizes.needs)
+    candidates = list_candidates(sizes, allowed, budget_bytes, device)
+    return choose(_OP, candidates, sizes, budget_bytes, device)
 
 
 def list_candidates(
@@ -310,23 +214,15 @@ def check_budget(op: str, budget_bytes: int | None, default: int) -> int:
     return budget_bytes
 
 
-def default_budget_bytes(
-    rows: int,
-    hidden_size: int,
-    vocab_size: int,
-    needs_grad: Iterable[str],
-    *,
-    itemsize: int,
-    device: str,
-) -> int:
+def default_budget_bytes(sizes: Sizes, device: str) -> int:
     """Return the default workspace of one call, about what TRL's own function takes.
 
     256 MiB (64 MiB on cpu), the gathered rows and an fp32 ``[N, H]``, 256 columns more of both for
     what else a row needs, and an fp32 ``[V, H]`` if the weight trains.
     """
     slack = device_facts(device)[1].slack_bytes
-    weight_bytes = 4 * vocab_size * hidden_size if "weight" in tuple(needs_grad) else 0
-    return slack + (4 + itemsize) * rows * (hidden_size + MIN_VOCAB_STEP) + weight_bytes
+    weight_bytes = 4 * sizes.V * sizes.H if "weight" in sizes.needs else 0
+    return slack + (4 + sizes.item) * sizes.N * (sizes.H + MIN_VOCAB_STEP) + weight_bytes
 
 
 def device_facts(device: str) -> tuple[str, DeviceFacts]:
@@ -365,10 +261,3 @@ def forced_strategy(
             f"({', '.join(sorted(needs)) or 'none'}). Use one of {', '.join(allowed)}."
         )
     return (strategy,)
-
-
-def _human(size: int) -> str:
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} B"

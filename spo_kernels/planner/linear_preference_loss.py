@@ -13,11 +13,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from spo_kernels.calls.checks import check_choice
+from spo_kernels.calls.plan import GRAD_INPUTS, PAIR_STRATEGIES, Candidate, Plan
 from spo_kernels.planner.linear_logprob import (
-    GRAD_INPUTS,
-    STRATEGIES,
-    Candidate,
-    Plan,
     allowed_strategies,
     check_budget,
     check_size,
@@ -28,11 +25,8 @@ from spo_kernels.planner.linear_logprob import (
     gemm_units,
     list_candidates,
     predicted_ms,
-    sizes_of,
 )
 from spo_kernels.planner.models import Sizes, torch_candidates, triton_candidates
-
-PAIR_STRATEGIES = ("pairwise", *STRATEGIES)
 
 _OP = "plan_linear_preference_loss"
 # a flush of the head's gradient a piece: smaller pieces never pay
@@ -124,29 +118,52 @@ def plan_linear_preference_loss(
         check_choice(_OP, "needs_grad", name, GRAD_INPUTS)
     check_choice(_OP, "strategy", strategy, ("auto", *PAIR_STRATEGIES))
     rows = sum(map(sum, pair_rows))
-    positions = rows if positions is None else positions
-    slack = device_facts(device)[1].slack_bytes
-    default = 3 * slack + default_budget_bytes(
-        rows, hidden_size, vocab_size, needs, itemsize=dtype.itemsize, device=device
-    )
-    budget_bytes = check_budget(_OP, budget_bytes, default)
-    sizes = sizes_of(
-        rows=rows,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
+    sizes = Sizes(
+        N=rows,
+        H=hidden_size,
+        V=vocab_size,
+        R=lora_rank,
         dtype=dtype,
-        hidden_dtype=hidden_dtype,
-        weight_dtype=weight_dtype,
-        needs_grad=needs,
-        outputs=("logps",),
-        lora_rank=lora_rank,
-        softcap=softcap,
+        hidden_dtype=hidden_dtype or dtype,
+        weight_dtype=weight_dtype or dtype,
+        needs=frozenset(needs),
+        outputs=frozenset({"logps"}),
+        capped=softcap is not None,
         gathered=gathered,
-        head_copied=head_copied,
+        head_strided=head_copied,
     )
+    return plan_pairs(
+        sizes,
+        pair_rows,
+        positions=rows if positions is None else positions,
+        is_pairwise=is_pairwise,
+        is_streamable=is_streamable,
+        is_margin=is_margin,
+        budget_bytes=budget_bytes,
+        strategy=strategy,
+        device=device,
+    )
+
+
+def plan_pairs(
+    sizes: Sizes,
+    pair_rows: Sequence[Sequence[int]],
+    *,
+    positions: int,
+    is_pairwise: bool,
+    is_streamable: bool,
+    is_margin: bool,
+    budget_bytes: int | None,
+    strategy: str,
+    device: str,
+) -> Plan:
+    """Choose how pairs of these sizes run; names and sizes have been checked."""
+    slack = device_facts(device)[1].slack_bytes
+    default = 3 * slack + default_budget_bytes(sizes, device)
+    budget_bytes = check_budget(_OP, budget_bytes, default)
     # what the strategies may use beside the batch's own vectors
     aside = POSITION_BYTES * positions
-    allowed = allowed_strategies(sizes.needs, softcap is not None, False)
+    allowed = allowed_strategies(sizes.needs, sizes.capped, False)
     by_pair = []
     # a frozen head has two products whatever the rows: nothing to gain
     if pair_rows and is_pairwise and "direction" not in allowed and allowed != ("score",):
@@ -191,7 +208,7 @@ def _pairwise_candidates(
         own = 1 if is_margin else max(map(len, pair_rows), default=0)
         buffers = own * (streamed > 0) + (len(groups) > streamed or streamed > 1)
         fixed = acc * (buffers * head + sizes.N * row_grads) + _ROW_BYTES * sizes.N
-        largest = dataclasses.replace(sizes, N=max(pieces, default=0), gathered=True, into=True)
+        largest = sizes._replace(N=max(pieces, default=0), gathered=True, into=True)
         # the largest chunks that fit, or the smallest there are
         *_, chosen = model("resident", largest, budget_bytes - fixed)
         row_chunk, vocab_chunk, peak, moved = chosen

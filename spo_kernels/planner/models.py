@@ -3,9 +3,11 @@
 Peaks count what a call allocates beyond inputs, row outputs and returned gradients.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
 
 from spo_kernels.calls import layout
 from spo_kernels.calls.layout import (
@@ -23,35 +25,63 @@ _TRITON_MIN_ROWS = 128
 MIN_VOCAB_STEP = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What the models need of a call; ``item`` sizes are bytes an element."""
+class Sizes(NamedTuple):
+    """The facts of a call that the models need."""
 
     N: int
     H: int
     V: int
     R: int
-    item: int
-    weight_item: int
+    dtype: torch.dtype  # of the products: autocast's where it is on
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
     needs: frozenset[str]
-    stats: int
-    entropy: bool
+    outputs: frozenset[str]
     capped: bool
-    cast_item: int
     gathered: bool
-    kept_item: int
-    head_copied: bool
+    head_strided: bool
     ranks: int = 1
     # the head's gradients are added to sums outside (pairwise)
     into: bool = False
 
     @property
+    def item(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def weight_item(self) -> int:
+        return self.weight_dtype.itemsize
+
+    @property
+    def cast_item(self) -> int:
+        """Bytes an element of hidden states that must be cast, 0 where they need not."""
+        return 0 if self.hidden_dtype == self.dtype else self.hidden_dtype.itemsize
+
+    @property
+    def kept_item(self) -> int:
+        """Bytes an element that the triton backend keeps for its backward."""
+        return 2 if self.dtype == torch.bfloat16 else 4
+
+    @property
+    def head_copied(self) -> bool:
+        return self.head_strided or self.weight_dtype != self.dtype
+
+    @property
+    def entropy(self) -> bool:
+        return "entropy" in self.outputs
+
+    @property
+    def stats(self) -> int:
+        """Partial statistics a part of a tile has: maximum, sum, and those of asked outputs."""
+        return 2 + len({"entropy", "log_sum_sq_probs", "mean_logits"} & self.outputs)
+
+    @property
     def exchanged_bytes(self) -> int:
-        """What a group's row statistics take in the forward, nothing for a whole head."""
+        """Bytes of all ranks' row statistics in the forward, 0 for a whole head."""
         return 0 if self.ranks == 1 else 192 * (self.ranks + 1) * self.N
 
     def summed_bytes(self, rows: int, item: int) -> int:
-        """What a group's `direction` sums its gradients in, ``rows`` at a time."""
+        """Bytes in which `direction` sums its gradients over the ranks, ``rows`` at a time."""
         return 0 if self.ranks == 1 else (self.N + 4 * rows) * (self.H + self.R) * item
 
 

@@ -26,8 +26,8 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
     acc = _accumulator_dtype(call)
     device, N = inputs.hidden.device, rows.count
     V, H = inputs.weight.shape
-    asked, needs = call.outputs, call.needs_grad
-    chunk = min(call.vocab_chunk, V)
+    asked, needs = call.settings.outputs, call.settings.needs_grad
+    chunk = min(call.plan.vocab_chunk, V)
     tiles = -(-V // chunk)
 
     out = {name: torch.empty(N, dtype=acc, device=device) for name in asked - {"is_top1"}}
@@ -39,18 +39,18 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
     logsumexp = torch.empty(N, dtype=acc, device=device)
     rest = torch.empty(N, dtype=acc, device=device)
     direction = direction_lora = exps = exp_reference = None
-    if call.strategy == "direction":
+    if call.plan.strategy == "direction":
         if "hidden" in needs:
             direction = torch.empty(N, H, dtype=acc, device=device)
         if "lora_a" in needs:
             direction_lora = torch.empty(N, inputs.lora_b.shape[1], dtype=acc, device=device)
-    if call.strategy == "resident":
+    if call.plan.strategy == "resident":
         exps = torch.empty(N, V, dtype=_kept_dtype(call), device=device)
         exp_reference = torch.empty(N, tiles, dtype=acc, device=device)
 
     buffers = _Buffers(call, rows, chunk, acc, device)
-    for start in range(0, N, call.row_chunk):
-        stop = min(start + call.row_chunk, N)
+    for start in range(0, N, call.plan.row_chunk):
+        stop = min(start + call.plan.row_chunk, N)
         part = slice(start, stop)
         chunk_rows = _RowChunk(call, rows, inputs, start, stop, acc)
         n, labels = chunk_rows.padded, chunk_rows.labels
@@ -89,8 +89,16 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
                 norm = torch.linalg.vector_norm(e, dim=-1)
                 squares = squares * keep * keep + norm * norm
             cap_slope = None
-            if call.softcap is not None and call.strategy in ("direction", "resident"):
-                cap_slope = (z * (call.temperature / call.softcap)).square_().neg_().add_(1.0)
+            if call.settings.softcap is not None and call.plan.strategy in (
+                "direction",
+                "resident",
+            ):
+                cap_slope = (
+                    (z * (call.settings.temperature / call.settings.softcap))
+                    .square_()
+                    .neg_()
+                    .add_(1.0)
+                )
             if "entropy" in asked:
                 # -inf times a zero probability is 0 in an entropy
                 product = z.clamp_(min=torch.finfo(acc).min).mul_(e)
@@ -106,7 +114,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
                     e.mul_(gain)
                 exps[part, v0 : v0 + head.width] = e[: stop - start]
                 exp_reference[part, tile_index] = reference[: stop - start]
-            if call.strategy == "direction":
+            if call.plan.strategy == "direction":
                 if sum_w is not None:
                     sum_w.mul_(keep[:, None]).addmm_(e, head.weight)
                 if sum_b is not None:
@@ -138,13 +146,13 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         ):
             if kept is None:
                 continue
-            scale = -call.slope / total[:m, None]
+            scale = -call.settings.slope / total[:m, None]
             if call.shard is not None:
                 # the label's term waits for the whole softmax
                 torch.mul(weighted_rows[:m], scale, out=kept[part])
                 continue
-            gain = rest[part] * call.target_slope(target)
-            label_rows = matrix[labels[:m]].to(call.compute_dtype).to(acc)
+            gain = rest[part] * call.settings.target_slope(target)
+            label_rows = matrix[labels[:m]].to(call.settings.compute_dtype).to(acc)
             torch.addcmul(weighted_rows[:m] * scale, gain[:, None], label_rows, out=kept[part])
 
     entropy = out["entropy"] if "entropy" in asked else None
@@ -175,14 +183,14 @@ def backward(
     A gradient that has an accumulator in ``into``, of the products' dtype, is added there and not
     returned: hidden and lora_a as their scored rows ``[N, *]``, 0 so far, the others whole.
     """
-    capped = call.softcap is not None
-    if call.strategy == "direction":
+    capped = call.settings.softcap is not None
+    if call.plan.strategy == "direction":
         if grads.entropy is None and not (capped and grads.mean_logits is not None):
             return backward_direction(call, rows, inputs, kept, grads, need, into)
     acc = _accumulator_dtype(call)
     device, N = inputs.hidden.device, rows.count
     V = inputs.weight.shape[0]
-    chunk = min(call.vocab_chunk, V)
+    chunk = min(call.plan.vocab_chunk, V)
     # behind a softcap the kept exponential holds its slope too, but the logit is lost
     needs_logits = grads.entropy is not None or grads.mean_logits is not None
     use_kept = kept.exps is not None and not (capped and needs_logits)
@@ -217,8 +225,8 @@ def backward(
             else total[v0:v1]
             for name, total in heads.items()
         }
-        for start in range(0, N, call.row_chunk):
-            stop = min(start + call.row_chunk, N)
+        for start in range(0, N, call.plan.row_chunk):
+            stop = min(start + call.plan.row_chunk, N)
             part = slice(start, stop)
             x = _RowChunk(call, rows, inputs, start, stop, acc, pad=False)
             if use_kept:
@@ -270,11 +278,11 @@ def _gradient_tile(
         grad = p.mul_(log_p)
     if rows.everywhere is not None:
         grad.add_(rows.everywhere[:, None])
-    if call.softcap is not None and z is not None:
-        tanh = z * (call.temperature / call.softcap)
+    if call.settings.softcap is not None and z is not None:
+        tanh = z * (call.settings.temperature / call.settings.softcap)
         grad.mul_(tanh.square_().neg_().add_(1.0))
-    if call.slope != 1.0:
-        grad.mul_(call.slope)
+    if call.settings.slope != 1.0:
+        grad.mul_(call.settings.slope)
     width = grad.shape[1]
     index = local.clamp(0, width - 1)[:, None]
     inside = ((local >= 0) & (local < width))[:, None]
@@ -286,10 +294,10 @@ class _Buffers:
     """The two reused tiles: logits, and exponentials where they must not overwrite the logits."""
 
     def __init__(self, call: Call, rows: Rows, chunk: int, acc: torch.dtype, device: torch.device):
-        shape = (_pad_rows(min(call.row_chunk, rows.count)), chunk)
+        shape = (_pad_rows(min(call.plan.row_chunk, rows.count)), chunk)
         self.logits = torch.empty(shape, dtype=acc, device=device)
         self._second = None
-        if call.softcap is not None or call.outputs & {"entropy"}:
+        if call.settings.softcap is not None or call.settings.outputs & {"entropy"}:
             self._second = torch.empty(shape, dtype=acc, device=device)
 
     def exps_of(self, z: torch.Tensor) -> torch.Tensor:
@@ -301,7 +309,7 @@ class _HeadSlice:
 
     def __init__(self, call: Call, inputs: Inputs, v0: int, v1: int, acc: torch.dtype):
         def cast(tensor):
-            return None if tensor is None else tensor[v0:v1].to(call.compute_dtype).to(acc)
+            return None if tensor is None else tensor[v0:v1].to(call.settings.compute_dtype).to(acc)
 
         self.width = v1 - v0
         self.weight = cast(inputs.weight)
@@ -328,7 +336,7 @@ class _RowChunk:
         def cast(tensor):
             if tensor is None:
                 return None
-            value = rows.take(tensor, start, stop).to(call.compute_dtype).to(acc)
+            value = rows.take(tensor, start, stop).to(call.settings.compute_dtype).to(acc)
             return F.pad(value, (0, 0, 0, missing)) if missing else value
 
         self.hidden = cast(inputs.hidden)
@@ -343,10 +351,12 @@ class _RowChunk:
             z.addmm_(self.lora_a, head.lora_b.t())
         if head.bias is not None:
             z.add_(head.bias)
-        if call.softcap is not None:
-            z.mul_(call.logit_scale / call.softcap).tanh_().mul_(call.softcap / call.temperature)
-        elif call.slope != 1.0:
-            z.mul_(call.slope)
+        if call.settings.softcap is not None:
+            z.mul_(call.settings.logit_scale / call.settings.softcap).tanh_().mul_(
+                call.settings.softcap / call.settings.temperature
+            )
+        elif call.settings.slope != 1.0:
+            z.mul_(call.settings.slope)
         return z
 
 
@@ -355,12 +365,14 @@ def _pad_rows(n: int) -> int:
 
 
 def _accumulator_dtype(call: Call) -> torch.dtype:
-    return torch.float64 if call.compute_dtype == torch.float64 else torch.float32
+    return torch.float64 if call.settings.compute_dtype == torch.float64 else torch.float32
 
 
 def _kept_dtype(call: Call) -> torch.dtype:
     # exponentials lie in [0, 1], where fp16 has 8 times bf16's precision
-    return torch.float16 if call.compute_dtype.itemsize == 2 else call.compute_dtype
+    return (
+        torch.float16 if call.settings.compute_dtype.itemsize == 2 else call.settings.compute_dtype
+    )
 
 
 def _exp_gain(call: Call) -> float:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from spo_kernels.calls.checks import compute_dtype
 from spo_kernels.calls.loss_table import FIRST_POLICY_ID, FIRST_RESPONSE_ID
-from spo_kernels.calls.preference_loss import GRAD_ROWS, Form, PairCall, PairData, Scored, Side
+from spo_kernels.calls.preference_loss import GRAD_ROWS, Form, LossOptions, PairData, Scored, Side
 from spo_kernels.torch_backend import preference_terms as terms
 
 # integers that hold a float's bits, by its bytes
@@ -19,7 +19,7 @@ _BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def preference_loss_fwd(
-    chosen: Side, rejected: Side, response: Side | None, data: PairData, call: PairCall
+    chosen: Side, rejected: Side, response: Side | None, data: PairData, call: LossOptions
 ) -> Scored:
     """Return losses, rewards and slopes. Inputs are checked and on one device."""
     sides = [chosen, rejected] if response is None else [chosen, rejected, response]
@@ -53,8 +53,9 @@ def preference_loss_fwd(
         counts[:2] = [_counts(side, rows) for side, rows in zip(sides[:2], tokens, strict=False)]
     if response is not None:
         counts[2] = _counts(response, tokens[2])
-    # they are outputs: not the caller's own tensor
-    plain = [value.to(dtype, copy=True) for value in plain]
+    # an output: not the caller's own tensor
+    sums = torch.stack([value.to(dtype) for value in plain[:2]])
+    plain = [*sums.unbind(), *(value.to(dtype) for value in plain[2:])]
 
     (c, slope_c), (r, slope_r) = (_divergence(score, call) for score in scores[:2])
     pair = _pair(c, r, scores, plain, policy, refs, counts, data, call)
@@ -77,8 +78,8 @@ def preference_loss_fwd(
     if weight is not None:
         # a pair that counts nothing has no part in the loss, whatever its own is
         losses, *grads = (value.masked_fill(weight == 0, 0.0) for value in (losses, *grads))
-    rewards = [call.parameters.beta * score for score in scores[:2]]
-    scored = Scored(losses, rewards, plain[:2], torch.stack(grads), tails)
+    rewards = call.parameters.beta * torch.stack(scores[:2])
+    scored = Scored(losses, rewards, sums, torch.stack(grads), tails)
     return scored if not call.is_batch else scored._replace(**_links(links, call, c))
 
 
@@ -95,7 +96,7 @@ def preference_loss_bwd(
     grad_losses: torch.Tensor,
     scored: Scored,
     forms: tuple[Form, Form, Form | None],
-    call: PairCall,
+    call: LossOptions,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of the three responses' log-probs, None where not needed."""
@@ -230,7 +231,7 @@ def _pair(
     refs: list[torch.Tensor | None],
     counts: list[torch.Tensor | None],
     data: PairData,
-    call: PairCall,
+    call: LossOptions,
 ) -> terms.Pair:
     """Gather what the terms read."""
     dtype = c.dtype
@@ -279,7 +280,7 @@ def _share(tokens: torch.Tensor, P: int, dtype: torch.dtype) -> torch.Tensor:
     return P / tokens.clamp(min=1).to(dtype)
 
 
-def _divergence(c: torch.Tensor, call: PairCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _divergence(c: torch.Tensor, call: LossOptions) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return f' of a log-ratio and its slope, None for the identity."""
     if call.divergence == "reverse_kl":
         return c, None
@@ -293,7 +294,7 @@ def _divergence(c: torch.Tensor, call: PairCall) -> tuple[torch.Tensor, torch.Te
 
 
 def _pair_weight(
-    pair: terms.Pair, likely: list[torch.Tensor] | None, data: PairData, call: PairCall
+    pair: terms.Pair, likely: list[torch.Tensor] | None, data: PairData, call: LossOptions
 ) -> torch.Tensor | None:
     """Return the weight of each pair ``[P]``, without a gradient."""
     weight = None if data.weights is None else data.weights.to(pair.c.dtype)
@@ -309,7 +310,7 @@ def _pair_weight(
     return weight
 
 
-def _links(links: list, call: PairCall, like: torch.Tensor) -> dict[str, torch.Tensor]:
+def _links(links: list, call: LossOptions, like: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return ranks, rank_grads and stats of the batch types of the mix."""
     found = {}
     if any(row.sorts for row, _, _ in links):

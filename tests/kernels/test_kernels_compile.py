@@ -8,10 +8,10 @@ pytest.importorskip("triton")
 if triton_interpreter_on():
     pytest.skip("needs TRITON_INTERPRET=0 (make test runs it so)", allow_module_level=True)
 
+from spo_kernels.calls.layout import padded_columns
 from spo_kernels.calls.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS
 from spo_kernels.kernels import aot
 from spo_kernels.kernels.tiles import RACED, TILES
-from spo_kernels.planner.models import padded_columns
 
 # bytes a thread may spill: everything at once (softcap, bias, LoRA, all statistics), the forward
 # under TRL's outputs (where a part of a tile holds a label), the gradient tile under a softcap,

@@ -6,7 +6,8 @@ from torch._dynamo.utils import counters
 from torch.library import opcheck
 
 from spo_kernels import degree_loss, linear_logprob, preference_loss
-from spo_kernels.ops.graph.linear_logprob import _backward_op, _forward_op
+from spo_kernels.calls.linear_logprob import Settings
+from spo_kernels.ops.linear_logprob_graph import _backward_op, _forward_op, _packed
 from tests.helpers.logprob_cases import ALL_OUTPUTS, DIFFERENTIABLE
 
 H, V = 16, 43
@@ -42,14 +43,25 @@ def test_opcheck(strategy, needs, outputs, softcap, gathered, backend):
     ]
     places = torch.tensor([[0, 1, 1], [2, 0, 3]], device=device) if gathered else None
     labels = torch.arange(3 if gathered else 8, device=device)
-    settings = (outputs, needs, strategy, name, dtype, 1.0, 1.0, softcap, None)
+    settings = _packed(
+        Settings(
+            backend=name,
+            compute_dtype=dtype,
+            needs_grad=frozenset(filter(None, needs.split(","))),
+            outputs=frozenset(outputs.split(",")),
+            softcap=softcap,
+            strategy=strategy,
+        )
+    )
     arguments = (*tensors, labels, places, *settings)
     opcheck(_forward_op, arguments)
     if needs:
         tensors = [tensor.detach() for tensor in tensors]
         kept = _forward_op(*tensors, labels, places, *settings)[len(outputs.split(",")) :]
         upstream = [torch.randn(2, 4, generator=generator).to(device), None, None, None]
-        opcheck(_backward_op, (upstream, *tensors, labels, places, kept, needs, *settings))
+        opcheck(
+            _backward_op, (upstream, *tensors, labels, places, kept, needs.split(","), *settings)
+        )
 
 
 def run(step, tensors, labels, **settings):

@@ -15,8 +15,8 @@ from spo_kernels import (
     unpaired_preference_loss,
 )
 from spo_kernels.calls.loss_table import PARAMETERS
-from spo_kernels.calls.preference_loss_checks import check_call, check_mix
-from spo_kernels.ops.graph.loss_op import _packed
+from spo_kernels.calls.preference_loss_checks import check_options
+from spo_kernels.ops.loss_op import _packed
 
 H, V, K = 16, 43, 3
 
@@ -67,11 +67,16 @@ def test_opcheck_degree(needs, backend):
 
 
 def pair_call(loss_type, ld_alpha=None):
-    losses, weights = check_mix(loss_type, None)
-    values = {row.name: row.default for row in PARAMETERS}
-    call = check_call(losses, weights, values, "reverse_kl", 0.5, ld_alpha)
-    words, numbers, traced = _packed(call)
-    return ["triton", *words[1:]], numbers, traced
+    options = check_options(
+        loss_type=loss_type,
+        loss_weights=None,
+        f_divergence_type="reverse_kl",
+        f_alpha_divergence_coef=0.5,
+        ld_alpha=ld_alpha,
+        **{row.name: row.default for row in PARAMETERS},
+    )
+    words, numbers, traced = _packed(options)
+    return ["triton", *words], numbers, traced
 
 
 @pytest.mark.parametrize("case", ["bradley_terry", "preference", "aot", "bco", "kto", "listwise"])

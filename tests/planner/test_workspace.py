@@ -1,7 +1,5 @@
 """The budget is obeyed: every tensor of a call is counted while it lives, the plan covers it."""
 
-import sys
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -12,10 +10,12 @@ from spo_kernels import (
     linear_logprob,
     linear_preference_loss,
     plan_linear_logprob,
-    plan_linear_preference_loss,
 )
 from spo_kernels.ops import linear_logprob_call
+from spo_kernels.ops import linear_preference_loss as linear_preference_loss_op
 from spo_kernels.planner import linear_preference_loss as pair_planner
+from spo_kernels.planner.linear_logprob import plan_sizes
+from spo_kernels.planner.linear_preference_loss import plan_pairs
 
 CASES = [
     ("score", (), {}),
@@ -39,11 +39,11 @@ def test_peak(strategy, needs, options, dtype, ignored, monkeypatch):
     rows, H, V = 600, 128, 10_000
     plans = []
 
-    def recorded(**question):
-        plans.append(plan_linear_logprob(**question))
+    def recorded(*sizes, **wishes):
+        plans.append(plan_sizes(*sizes, **wishes))
         return plans[-1]
 
-    monkeypatch.setattr(linear_logprob_call, "plan_linear_logprob", recorded)
+    monkeypatch.setattr(linear_logprob_call, "plan_sizes", recorded)
     hidden = torch.randn(rows, H).to(dtype).requires_grad_("hidden" in needs)
     weight = (torch.randn(V, H) / 8).to(dtype).requires_grad_("weight" in needs)
     labels = torch.randint(0, V, (rows,))
@@ -214,12 +214,11 @@ def test_peak_of_pairs(strategy, dtype, loss_type, monkeypatch):
     P, T, H, V = 3, 200, 128, 10_000
     plans = []
 
-    def recorded(**question):
-        plans.append(plan_linear_preference_loss(**question))
+    def recorded(*sizes, **wishes):
+        plans.append(plan_pairs(*sizes, **wishes))
         return plans[-1]
 
-    op_module = sys.modules[linear_preference_loss.__module__]
-    monkeypatch.setattr(op_module, "plan_linear_preference_loss", recorded)
+    monkeypatch.setattr(linear_preference_loss_op, "plan_pairs", recorded)
     hidden = torch.randn(2 * P, T, H).to(dtype).requires_grad_()
     weight = (torch.randn(V, H) / 8).to(dtype).requires_grad_()
     labels = torch.randint(0, V, (2 * P, T))

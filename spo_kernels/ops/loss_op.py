@@ -1,8 +1,8 @@
-"""A loss as a pair of custom ops: what ``torch.compile`` puts into its graph.
+"""A loss and its backward: as an autograd function, and as custom ops in a ``torch.compile`` graph.
 
-Forward and backward are one node each. They run the backend of an eager call, so a graph has its
-bits; sizes may be symbols; and so may Python numbers, which then reach the op in a tensor on the
-host, because a number that an op takes as such is a constant of the graph.
+In a graph forward and backward are one node each. They run the backend of an eager call, so a graph
+has its bits; sizes may be symbols; and so may Python numbers, which then reach the op in a tensor
+on the host, because a number that an op takes as such is a constant of the graph.
 """
 
 import functools
@@ -11,16 +11,21 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
+from spo_kernels.calls.checks import refuse_double_backward
+
 
 class Like(NamedTuple):
-    """What a tensor is to be allocated as."""
+    """Shape and dtype in which a tensor is allocated."""
 
     shape: Sequence[int]
     dtype: torch.dtype = torch.float32
 
 
-class GraphCall(Protocol):
+class LossCall(Protocol):
     """The frozen non-tensor state of a call, as strings and numbers and back."""
+
+    @property
+    def backend(self) -> str: ...
 
     def packed(self) -> tuple[list[str], list[float]]: ...
 
@@ -28,19 +33,20 @@ class GraphCall(Protocol):
     def unpacked(cls, words: Sequence[str], numbers: Sequence[float]) -> Self: ...
 
 
-def loss_in_graph(
+def loss_op(
     name: str,
     tensors: str,
     *,
-    call_type: type[GraphCall],
+    call_type: type[LossCall],
     differentiable: int,
     outputs: int,
     saved: tuple[str, ...],
     forward: Callable[..., Sequence[torch.Tensor | None]],
     like: Callable[..., Sequence[Like | None]],
     backward: Callable[..., Sequence[torch.Tensor | None]],
-) -> Callable[..., list[torch.Tensor]]:
-    """Register ``spo_kernels::<name>_fwd`` and ``_bwd``; return what calls them while traced.
+    traced_backends: tuple[str, ...] = ("torch",),
+) -> Callable[..., Sequence[torch.Tensor]]:
+    """Make the autograd function of a loss and register ``spo_kernels::<name>_fwd`` and ``_bwd``.
 
     Args:
         tensors: the inputs in order, ``"logps, mask?"``; one with a ``?`` may be None.
@@ -53,15 +59,17 @@ def loss_in_graph(
         like: ``(call, *tensors)`` -> ``Like`` of each result, None where that is None.
         backward: ``(call, grad_losses, saved, likes, needs)`` -> gradients of the differentiable
             inputs; ``saved`` are the saved inputs, then the results that are no output; ``likes``
-            and ``needs`` speak of the differentiable inputs.
+            and ``needs`` describe the differentiable inputs.
+        traced_backends: backends whose own operations a compiler traces, to fuse them, instead of
+            taking the custom ops.
     Returns:
         ``(call, *tensors)`` -> outputs.
     """
-    names = [part.strip() for part in tensors.split(",")]
+    names = [text.strip() for text in tensors.split(",")]
     count = len(names)
-    places = [[part.removesuffix("?") for part in names].index(part) for part in saved]
+    places = [[text.removesuffix("?") for text in names].index(wanted) for wanted in saved]
     inputs_schema = ", ".join(
-        f"Tensor{'?' * part.endswith('?')} {part.removesuffix('?')}" for part in names
+        f"Tensor{'?' * text.endswith('?')} {text.removesuffix('?')}" for text in names
     )
 
     @functools.partial(
@@ -128,20 +136,46 @@ def loss_in_graph(
 
     forward_op.register_autograd(run_backward, setup_context=setup_context)
 
-    def run(call: GraphCall, *inputs: torch.Tensor | None) -> list[torch.Tensor]:
-        losses, *others = forward_op(*inputs, *_packed(call))[:outputs]
-        return [losses, *(value.detach() for value in others)]
+    class LossFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, call: LossCall, *inputs: torch.Tensor | None):
+            ctx.set_materialize_grads(False)
+            results = forward(call, *inputs)
+            ctx.call = call
+            ctx.likes = [
+                None if tensor is None else Like(tensor.shape, tensor.dtype)
+                for tensor in inputs[:differentiable]
+            ]
+            ctx.save_for_backward(*(inputs[i] for i in places), *results[outputs:])
+            ctx.mark_non_differentiable(*results[1:outputs])
+            return tuple(results[:outputs])
+
+        @staticmethod
+        def backward(ctx: Any, grad_losses: torch.Tensor | None, *_: None):
+            refuse_double_backward(name)
+            nothing = (None,) * (1 + count)
+            if grad_losses is None:
+                return nothing
+            needs = ctx.needs_input_grad[1 : 1 + differentiable]
+            grads = backward(ctx.call, grad_losses, ctx.saved_tensors, ctx.likes, needs)
+            return (None, *grads, *nothing[1 + differentiable :])
+
+    def run(call: LossCall, *inputs: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        if torch.compiler.is_compiling() and call.backend not in traced_backends:
+            losses, *others = forward_op(*inputs, *_packed(call))[:outputs]
+            return [losses, *(value.detach() for value in others)]
+        return LossFunction.apply(call, *inputs)
 
     return run
 
 
-# what both ops take of a call: numbers as such, or in a tensor where one of them is a symbol
+# of a call both ops take its words and its numbers: as such, or, where one is a symbol, in a tensor
 _CALL = "str[] words, float[]? numbers, Tensor? traced"
 # shapes of the differentiable inputs one after the other, then "axes:dtype" of each, "" for None
 _LIKES = "SymInt[] sizes, str[] forms"
 
 
-def _packed(call: GraphCall) -> tuple[list[str], list[float] | None, torch.Tensor | None]:
+def _packed(call: LossCall) -> tuple[list[str], list[float] | None, torch.Tensor | None]:
     words, numbers = call.packed()
     is_static = torch.fx.experimental.symbolic_shapes.has_static_value
     for number in numbers:
@@ -160,11 +194,11 @@ def _numbers_of(
 
 
 def _unpacked(
-    call_type: type[GraphCall],
+    call_type: type[LossCall],
     words: Sequence[str],
     numbers: Sequence[float] | None,
     traced: torch.Tensor | None,
-) -> GraphCall:
+) -> LossCall:
     return call_type.unpacked(words, numbers or () if traced is None else traced.tolist())
 
 

@@ -1,1 +1,0 @@
-"""The ops as nodes of a ``torch.compile`` graph."""
