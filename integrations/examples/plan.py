@@ -4,7 +4,7 @@
         --pairs 4 --tokens 8192 --device cuda:sm_90
 
 The planner is a pure function, so no GPU is needed. `--budget_mib` sets the workspace of one call.
-`spo-kernels plan` prints the first two tables for the models it knows and for a config.json.
+`spo-kernels plan` prints the table for the models it knows and for a config.json.
 """
 
 import argparse
@@ -34,14 +34,13 @@ def main() -> None:
     rows = 2 * args.pairs * args.tokens
     frozen = plan_linear_logprob(rows=rows, needs_grad=("hidden",), **call)
     trainable = plan_linear_logprob(rows=rows, needs_grad=("hidden", "weight"), **call)
-    # the whole loss in one op knows each gradient while it has the logits
     pair_rows = [(args.tokens, args.tokens)] * args.pairs
     whole_loss = plan_linear_preference_loss(pair_rows=pair_rows, **call)
 
     for head, plan in (("frozen", frozen), ("trainable", trainable), ("trainable", whole_loss)):
-        gib = plan.peak_bytes / 1024**3
-        print(f"{head} head: {plan.strategy}, {plan.gemm_units} products, {gib:.2f} GiB")
-        print(plan.explain(), end="\n\n")
+        cost = f"{plan.gemm_units} products, {plan.peak_bytes / 1024**3:.2f} GiB of workspace"
+        print(f"{plan.op}, {head} head: {plan.strategy}, {cost}, {plan.time_ms:.0f} ms predicted")
+    print(f"\nThe second was chosen from (* chosen, over: over the budget)\n{trainable.explain()}")
 
 
 if __name__ == "__main__":

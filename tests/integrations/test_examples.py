@@ -142,11 +142,14 @@ def test_trains_and_saves(name, flags, run, toys) -> None:
 def test_plan(run) -> None:
     sizes = "--hidden_size 1024 --vocab_size 32000 --pairs 2 --tokens 512 --device cpu"
     output, folder = run("plan", f"{sizes} --budget_mib 256")
-    heads = re.findall(r"^(frozen|trainable) head: (\w+), (\d) products", output, re.MULTILINE)
-    assert [head for head, _, _ in heads] == ["frozen", "trainable", "trainable"]
-    assert heads[0][1:] == ("direction", "2") and heads[2][1:] == ("pairwise", "3"), output
-    # each table marks the row that was chosen
-    assert len(re.findall(r"^ *\* ", output, re.MULTILINE)) == 3
+    lines = re.findall(r"^(\w+), (\w+) head: (\w+), (\d) products", output, re.MULTILINE)
+    assert lines[:2] == [
+        ("linear_logprob", "frozen", "direction", "2"),
+        ("linear_logprob", "trainable", "resident", "3"),
+    ], output
+    assert lines[2][:2] == ("linear_preference_loss", "trainable") and len(lines) == 3
+    # the row that was chosen is marked
+    assert re.findall(r"^ *\* +(\w+) +(\d) ", output, re.MULTILINE) == [("resident", "3")]
     assert not list(folder.iterdir())
 
 
