@@ -77,19 +77,19 @@ def backward_direction(
             scale_mean = call.settings.slope / call.whole_vocab(head.shape[0])
             mean_row = head.sum(0, dtype=kept.logsumexp.dtype) * scale_mean
         for start in range(0, rows.count, call.plan.row_chunk):
-            part = slice(start, min(start + call.plan.row_chunk, rows.count))
-            value = direction[part] * scale[part, None]
+            chunk = slice(start, min(start + call.plan.row_chunk, rows.count))
+            value = direction[chunk] * scale[chunk, None]
             if call.shard is not None:
                 # a slice whose logits are all -inf has no softmax of its own
-                value = value.where(kept.share[part, None] != 0, 0.0)
+                value = value.where(kept.share[chunk, None] != 0, 0.0)
             if on_label is not None:
-                slope = call.settings.target_slope(kept.target_logit[part])
-                label_row = head[labels[part]].to(call.settings.compute_dtype).to(value.dtype)
-                value = value + (on_label[part] * slope)[:, None] * label_row
+                slope = call.settings.target_slope(kept.target_logit[chunk])
+                label_row = head[labels[chunk]].to(call.settings.compute_dtype).to(value.dtype)
+                value = value + (on_label[chunk] * slope)[:, None] * label_row
             if mean_row is not None:
-                value = value + grads.mean_logits[part, None] * mean_row
+                value = value + grads.mean_logits[chunk, None] * mean_row
             if name in into:
-                into[name][part] = value
+                into[name][chunk] = value
             else:
-                rows.put(out[name], part.start, part.stop, value)
+                rows.put(out[name], chunk.start, chunk.stop, value)
     return out

@@ -7,6 +7,7 @@ product.
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,7 @@ from spo_kernels.kernels import linear_logprob_fwd as fwd
 from spo_kernels.kernels import linear_logprob_rows as row_kernels
 from spo_kernels.kernels import logits_tile
 from spo_kernels.kernels.device import arch_of, cdiv, shared_bytes
+from spo_kernels.kernels.logits_tile import Partials, Transform
 from spo_kernels.kernels.tiles import Tile, tile_for
 
 # scratch of the pass that an unplanned entropy gradient costs `direction`
@@ -31,10 +33,10 @@ _FALLBACK_BYTES = 64 << 20
 # a row's reference is its maximum over this many columns
 _REFERENCE_COLUMNS = 256
 _STATS = {
-    "entropy": ("weighted", logits_tile.ENTROPY.value),
-    "log_sum_sq_probs": ("squares", logits_tile.SQUARES.value),
-    "mean_logits": ("plain", logits_tile.MEAN.value),
-    "is_top1": (None, logits_tile.TOP1.value),
+    "entropy": logits_tile.ENTROPY.value,
+    "log_sum_sq_probs": logits_tile.SQUARES.value,
+    "mean_logits": logits_tile.MEAN.value,
+    "is_top1": logits_tile.TOP1.value,
 }
 
 
@@ -54,7 +56,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         out["row_max"] = torch.empty(N, dtype=torch.float32, device=device)
     target_logit = torch.empty(N, dtype=torch.float32, device=device)
     write_exp = 0
-    # what is kept to the backward has fp16's precision for bf16, and no rounding of its own else
+    # kept for the backward: bf16 with fp16's precision, others without a rounding of their own
     kept_dtype = torch.float16 if call.settings.compute_dtype == torch.bfloat16 else torch.float32
     direction = direction_lora = direction_scale = exps = references = None
     if call.plan.strategy == "direction":
@@ -77,28 +79,26 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
 
     for start in range(0, N, call.plan.row_chunk):
         stop = min(start + call.plan.row_chunk, N)
-        part = slice(start, stop)
-        at = slice(0, stop - start) if call.plan.strategy == "direction" else part
-        chunk = {name: value[part] for name, value in out.items()}
-        chunk["target"] = target_logit[part]
+        chunk = slice(start, stop)
+        at = slice(0, stop - start) if call.plan.strategy == "direction" else chunk
+        chunk_out = {name: value[chunk] for name, value in out.items()}
+        chunk_out["target"] = target_logit[chunk]
         chunk_exps = None if exps is None else exps[at]
-        labels = inputs.labels[part]
-        hidden, lora_a = _rows_of(call, rows, inputs, start, stop)
-        parts, reference = _score_chunk(
-            call, head, hidden, lora_a, labels, chunk, chunk_exps, write_exp
-        )
+        labels = inputs.labels[chunk]
+        hidden, lora_a = _chunk_rows(call, rows, inputs, start, stop)
+        scored = _score_chunk(call, head, hidden, lora_a, labels, chunk_out, chunk_exps, write_exp)
         if call.plan.strategy == "resident":
-            references[:, part] = parts["max"]
+            references[:, chunk] = scored.part_max
         if call.plan.strategy == "direction":
             row_kernels.linear_logprob_rescale(
                 chunk_exps,
-                parts["max"],
-                reference,
-                chunk["row_max"],
-                chunk["logsumexp"],
+                scored.part_max,
+                scored.reference,
+                scored.row_max,
+                chunk_out["logsumexp"],
                 write_exp=write_exp,
             )
-            gain = chunk["rest"] * call.settings.target_slope(chunk["target"])
+            gain = chunk_out["rest"] * call.settings.target_slope(chunk_out["target"])
             if call.shard is not None:
                 # the label's term waits for the whole softmax
                 gain.zero_()
@@ -110,15 +110,15 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
                         head.product(chunk_exps, matrix),
                         matrix,
                         labels,
-                        chunk["factor"],
+                        scored.factor,
                         gain,
-                        kept[part],
-                        direction_scale[i, part],
+                        kept[chunk],
+                        direction_scale[i, chunk],
                         slope=call.settings.slope,
                         compute_dtype=call.settings.compute_dtype,
                     )
         # the next chunk's partials must not be made beside these
-        del parts, reference, chunk, hidden, lora_a
+        del scored, chunk_out, hidden, lora_a
     kept = Kept(
         target_logit=target_logit,
         logsumexp=out["logsumexp"],
@@ -157,7 +157,7 @@ def backward(
     V = inputs.weight.shape[0]
     dtype = call.settings.compute_dtype
     vectors, row_scale = _vectors(call, kept, grads, V)
-    hidden, lora_a = _rows_of(call, rows, inputs, 0, N)
+    hidden, lora_a = _chunk_rows(call, rows, inputs, 0, N)
 
     out = {}
     for name, tensor in zip(Inputs._fields[:5], inputs[:5], strict=True):
@@ -173,7 +173,7 @@ def backward(
         for name, tensor in (("hidden", inputs.hidden), ("lora_a", inputs.lora_a))
         if name in need
     }
-    # what the head's gradients are summed against: rows scaled by an exact power of two
+    # the head's gradients are summed against rows scaled by an exact power of two
     largest = row_scale.amax() if N else row_scale.new_ones(())
     relative = (row_scale / largest).to(dtype)[:, None]
     scaled, is_half = dtype == torch.float16, dtype.itemsize == 2
@@ -216,7 +216,7 @@ def backward(
                 v_start=v0,
                 outer=call.settings.slope,
                 tile=_tile("bwd", call, hidden, weight),
-                **_transform_arguments(call),
+                transform=_transform_of(call),
             )
         for name, matrix in (("hidden", weight), ("lora_a", lora_b)):
             if name in sums:
@@ -282,16 +282,25 @@ class _Head:
         total = None
         for v0 in range(0, V, self.columns):
             v1 = min(v0 + self.columns, V)
-            part = self._ready(matrix[v0:v1])
+            head = self._ready(matrix[v0:v1])
             if total is None:
-                total = _product(exps[:, v0:v1], part)
+                total = _product(exps[:, v0:v1], head)
             else:
-                _add_product(total, exps[:, v0:v1], part)
+                _add_product(total, exps[:, v0:v1], head)
         return total
 
     def _ready(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self.call.settings.compute_dtype)
         return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class _ScoredChunk(NamedTuple):
+    """What the strategies read of a scored row chunk beside its row outputs."""
+
+    part_max: torch.Tensor  # [S, n] fp32
+    reference: torch.Tensor | None  # [n] fp32, one reference a row
+    row_max: torch.Tensor | None  # [n] fp32
+    factor: torch.Tensor | None  # [n] fp32: p = factor * exponentials, where they are kept
 
 
 def _score_chunk(
@@ -303,22 +312,29 @@ def _score_chunk(
     out: dict[str, torch.Tensor],
     exps: torch.Tensor | None,
     write_exp: int,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Fill the row outputs and exponentials of one row chunk; return its partials and reference."""
+) -> _ScoredChunk:
+    """Fill the row outputs and exponentials of one row chunk."""
     n, device = hidden.shape[0], hidden.device
     V = head.inputs.weight.shape[0]
-    stats = sum(bit for name, (_, bit) in _STATS.items() if name in call.settings.outputs)
+    asked = call.settings.outputs
+    stats = sum(bit for name, bit in _STATS.items() if name in asked)
 
-    def partial() -> torch.Tensor:
+    def partial(name: str | None = None) -> torch.Tensor | None:
+        if name is not None and name not in asked:
+            return None
         return torch.empty(head.parts, n, dtype=torch.float32, device=device)
 
-    parts = {"max": partial(), "sum": partial()}
-    for name, (part, _) in _STATS.items():
-        if part is not None and name in call.settings.outputs:
-            parts[part] = partial()
-    # what a label that no tile owns leaves behind
-    parts["target"] = out["target"].fill_(call.absent_logit)
-    parts["top1"] = torch.full((n,), -1, dtype=torch.int32, device=device)
+    partials = Partials(
+        max=partial(),
+        sum=partial(),
+        weighted=partial("entropy"),
+        squares=partial("log_sum_sq_probs"),
+        plain=partial("mean_logits"),
+        # default for labels outside [0, V): no tile writes them
+        target=out["target"].fill_(call.absent_logit),
+        top1=torch.full((n,), -1, dtype=torch.int32, device=device),
+    )
+    transform = _transform_of(call)
 
     def launch(v0: int, weight, bias, lora_b, reference, exps_slice, stats: int, mode: int):
         fwd.linear_logprob_fwd(
@@ -328,15 +344,15 @@ def _score_chunk(
             bias=bias,
             lora_a=lora_a,
             lora_b=lora_b,
-            parts=parts,
+            partials=partials,
             reference=reference,
             exps=exps_slice,
             v_start=v0,
             first_part=v0 // PART_V,
             stats=stats,
             write_exp=mode,
+            transform=transform,
             tile=_tile("fwd", call, hidden, weight),
-            **_transform_arguments(call),
         )
 
     reference = None
@@ -344,19 +360,28 @@ def _score_chunk(
         # one reference a row: its maximum over the first vocab tile
         weight, bias, lora_b = head.slice(0, min(_REFERENCE_COLUMNS, V))
         launch(0, weight, bias, lora_b, None, None, 0, 0)
-        reference = parts["max"][: cdiv(weight.shape[0], PART_V)].amax(0)
+        reference = partials.max[: cdiv(weight.shape[0], PART_V)].amax(0)
     for v0, weight, bias, lora_b in head.slices():
         exps_slice = None if exps is None else exps[:, v0 : v0 + weight.shape[0]]
         launch(v0, weight, bias, lora_b, reference, exps_slice, stats, write_exp)
-    if "row_max" in out:
-        torch.amax(parts["max"], 0, out=out["row_max"])
+    row_max, factor = out.get("row_max"), None
+    if row_max is not None:
+        torch.amax(partials.max, 0, out=row_max)
     if write_exp:
-        out.setdefault("row_max", torch.empty(n, dtype=torch.float32, device=device))
-        out["factor"] = torch.empty(n, dtype=torch.float32, device=device)
+        if row_max is None:
+            row_max = torch.empty(n, dtype=torch.float32, device=device)
+        factor = torch.empty(n, dtype=torch.float32, device=device)
     row_kernels.linear_logprob_reduce(
-        parts, reference, out, vocab_size=V, stats=stats, write_exp=write_exp
+        partials,
+        reference,
+        out,
+        row_max=row_max,
+        factor=factor,
+        vocab_size=V,
+        stats=stats,
+        write_exp=write_exp,
     )
-    return parts, reference
+    return _ScoredChunk(partials.max, reference, row_max, factor)
 
 
 def _vectors(
@@ -389,18 +414,19 @@ def _vectors(
     return vectors, row_scale
 
 
-def _transform_arguments(call: Call) -> dict[str, float | int]:
-    if call.settings.softcap is not None:
-        return {
-            "transform_kind": logits_tile.CAPPED.value,
-            "scale": call.settings.logit_scale / call.settings.softcap,
-            "softcap": call.settings.softcap / call.settings.temperature,
-        }
-    kind = 0 if call.settings.slope == 1.0 else logits_tile.SCALED.value
-    return {"transform_kind": kind, "scale": call.settings.slope, "softcap": 1.0}
+def _transform_of(call: Call) -> Transform:
+    wishes = call.settings
+    if wishes.softcap is not None:
+        return Transform(
+            kind=logits_tile.CAPPED.value,
+            scale=wishes.logit_scale / wishes.softcap,
+            softcap=wishes.softcap / wishes.temperature,
+        )
+    kind = 0 if wishes.slope == 1.0 else logits_tile.SCALED.value
+    return Transform(kind=kind, scale=wishes.slope)
 
 
-def _rows_of(call: Call, rows: Rows, inputs: Inputs, start: int, stop: int):
+def _chunk_rows(call: Call, rows: Rows, inputs: Inputs, start: int, stop: int):
     """Return (hidden, lora_a) rows in the compute dtype, last axis contiguous."""
 
     def ready(tensor: torch.Tensor | None, packed: bool) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ from spo_kernels.kernels.logits_tile import (
     LEAST_LOG_P,
     LOG2E,
     PIECE_V,
+    Transform,
     local_label,
     logits_tile,
     operand,
@@ -149,19 +150,16 @@ def _linear_logprob_bwd_logits_kernel(
             z = transform(
                 pieces[i], bias_ptr + first, V - first, scale, softcap, HAS_BIAS, TRANSFORM
             )
+            shared = (
+                z, first, offs_n, mask_n, label - i * PIECE_V, logsumexp_ptr, entropy_ptr, on_p_ptr,
+                on_label_ptr, g_entropy_ptr, everywhere_ptr, grad_ptr, V, stride_grad_n,
+                1.0 / softcap, outer, TRANSFORM, HAS_ENTROPY, HAS_EVERYWHERE,
+            )  # fmt: skip
+            # a switch of the compiler cannot be a value of the run, hence two calls
             if is_plain:
-                _store_gradient(
-                    z, first, offs_n, mask_n, label, logsumexp_ptr, entropy_ptr, on_p_ptr,
-                    on_label_ptr, g_entropy_ptr, everywhere_ptr, grad_ptr, V, stride_grad_n,
-                    1.0 / softcap, outer, TRANSFORM, HAS_ENTROPY, HAS_EVERYWHERE, True,
-                )  # fmt: skip
+                _store_gradient(*shared, PLAIN=True)
             else:
-                _store_gradient(
-                    z, first, offs_n, mask_n, label - i * PIECE_V, logsumexp_ptr, entropy_ptr,
-                    on_p_ptr, on_label_ptr, g_entropy_ptr, everywhere_ptr, grad_ptr, V,
-                    stride_grad_n, 1.0 / softcap, outer, TRANSFORM, HAS_ENTROPY, HAS_EVERYWHERE,
-                    False,
-                )  # fmt: skip
+                _store_gradient(*shared, PLAIN=False)
 
 
 @triton.jit(do_not_specialize=["N", "V", "v_start"])
@@ -236,9 +234,7 @@ def linear_logprob_bwd_logits(
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
     v_start: int,
-    transform_kind: int,
-    scale: float,
-    softcap: float,
+    transform: Transform,
     outer: float,
     tile: Tile,
 ) -> None:
@@ -275,12 +271,12 @@ def linear_logprob_bwd_logits(
             stride_hidden_n=hidden.stride(0),
             stride_weight_v=weight.stride(0),
             stride_grad_n=grad.stride(0),
-            scale=scale,
-            softcap=softcap,
+            scale=transform.scale,
+            softcap=transform.softcap,
             outer=outer,
             HAS_BIAS=bias is not None,
             HAS_LORA=lora_b is not None,
-            TRANSFORM=transform_kind,
+            TRANSFORM=transform.kind,
             HAS_ENTROPY="g_entropy" in vectors,
             HAS_EVERYWHERE="everywhere" in vectors,
             PRECISION=precision_of(hidden.dtype),

@@ -37,6 +37,8 @@ from spo_kernels.kernels.logits_tile import (
     ROW_REFERENCE,
     SQUARES,
     TOP1,
+    Partials,
+    Transform,
     local_label,
     logits_tile,
     operand,
@@ -70,8 +72,8 @@ def _finish_part(
     WRITE_EXP: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    # PLAIN: every column is inside V and no row's label is among them. What both forms have is
-    # computed alike, so that a row's bits do not depend on the labels of other rows
+    # PLAIN: every column is inside V and no row's label is among them. Both branches must use the
+    # same operation order, or a row's result would depend on other rows' labels
     PIECES: tl.constexpr = PART_V // PIECE_V
     # 32-bit columns inside a piece keep the epilogue out of 64-bit arithmetic
     cols = tl.arange(0, PIECE_V)[None, :]
@@ -259,18 +261,16 @@ def _linear_logprob_fwd_kernel(
                         HAS_BIAS, TRANSFORM,
                     ),
                 )  # fmt: skip
+            shared = (
+                logits, first, first_part + block_v * PARTS + i, offs_n, mask_n,
+                label - i * PART_V, reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
+                stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP,
+            )  # fmt: skip
+            # a switch of the compiler cannot be a value of the run, hence two calls
             if (((owned >> i) & 1) == 0) & (first + PART_V <= V):
-                part_max, part_sum, weighted, squares, plain = _finish_part(
-                    logits, first, first_part + block_v * PARTS + i, offs_n, mask_n,
-                    label - i * PART_V, reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                    stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP, True,
-                )  # fmt: skip
+                part_max, part_sum, weighted, squares, plain = _finish_part(*shared, PLAIN=True)
             else:
-                part_max, part_sum, weighted, squares, plain = _finish_part(
-                    logits, first, first_part + block_v * PARTS + i, offs_n, mask_n,
-                    label - i * PART_V, reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                    stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP, False,
-                )  # fmt: skip
+                part_max, part_sum, weighted, squares, plain = _finish_part(*shared, PLAIN=False)
             maxima = maxima + (part_max,)
             sums = sums + (part_sum,)
             weighted_sums = weighted_sums + (weighted,)
@@ -297,29 +297,25 @@ def linear_logprob_fwd(
     bias: torch.Tensor | None,
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
-    parts: dict[str, torch.Tensor],
+    partials: Partials,
     reference: torch.Tensor | None,
     exps: torch.Tensor | None,
     v_start: int,
     first_part: int,
     stats: int,
     write_exp: int,
-    transform_kind: int,
-    scale: float,
-    softcap: float,
+    transform: Transform,
     tile: Tile,
 ) -> None:
     """Fill the partials of one weight slice.
 
     Assumes checked inputs on one device in one dtype, hidden ``[n, H]`` and weight ``[v, H]`` with
-    a contiguous last axis, LoRA factors contiguous, ``parts`` holding every partial that ``stats``
+    a contiguous last axis, LoRA factors contiguous, ``partials`` of every statistic that ``stats``
     asks for, rows of ``exps`` that reach to the padded V.
     """
     n, H = hidden.shape
     V = weight.shape[0]
     tiles = cdiv(n, tile.block_n) * cdiv(V, tile.block_v)
-    # pointers a switch turns off still need a tensor of the right dtype
-    nothing = parts["max"]
     programs = min(tiles, program_count(hidden.device) * tile.programs_per_sm)
     with device_guard(hidden):
         _linear_logprob_fwd_kernel[(programs,)](
@@ -329,14 +325,8 @@ def linear_logprob_fwd(
             lora_a_ptr=hidden if lora_a is None else lora_a,
             lora_b_ptr=hidden if lora_b is None else lora_b,
             labels_ptr=labels,
-            reference_ptr=nothing if reference is None else reference,
-            part_max_ptr=parts["max"],
-            part_sum_ptr=parts["sum"],
-            part_weighted_ptr=parts.get("weighted", nothing),
-            part_squares_ptr=parts.get("squares", nothing),
-            part_plain_ptr=parts.get("plain", nothing),
-            target_ptr=parts["target"],
-            top1_ptr=parts["top1"],
+            reference_ptr=partials.max if reference is None else reference,
+            **partials.pointers(),
             exps_ptr=hidden if exps is None else exps,
             N=n,
             V=V,
@@ -347,11 +337,11 @@ def linear_logprob_fwd(
             stride_hidden_n=hidden.stride(0),
             stride_weight_v=weight.stride(0),
             stride_exps_n=0 if exps is None else exps.stride(0),
-            scale=scale,
-            softcap=softcap,
+            scale=transform.scale,
+            softcap=transform.softcap,
             HAS_BIAS=bias is not None,
             HAS_LORA=lora_b is not None,
-            TRANSFORM=transform_kind,
+            TRANSFORM=transform.kind,
             STATS=stats,
             WRITE_EXP=write_exp,
             PRECISION=precision_of(hidden.dtype),

@@ -23,6 +23,7 @@ from spo_kernels.kernels.logits_tile import (
     ROW_REFERENCE,
     SQUARES,
     TOP1,
+    Partials,
     padded,
 )
 
@@ -237,26 +238,25 @@ REDUCE_BLOCK_N = 16
 
 
 def linear_logprob_reduce(
-    parts: dict[str, torch.Tensor],
+    partials: Partials,
     reference: torch.Tensor | None,
     out: dict[str, torch.Tensor],
     *,
+    row_max: torch.Tensor | None,
+    factor: torch.Tensor | None,
     vocab_size: int,
     stats: int,
     write_exp: int,
 ) -> None:
-    """Reduce the partials of every part in fixed order into the row outputs ``out``."""
-    parts_v, n = parts["max"].shape
-    nothing = parts["max"]
+    """Reduce the partials of every part in fixed order into the row outputs ``out``.
+
+    ``row_max`` and ``factor`` are written where exponentials are kept.
+    """
+    parts, n = partials.max.shape
+    nothing = partials.max
     with device_guard(nothing):
         _linear_logprob_reduce_kernel[(cdiv(n, REDUCE_BLOCK_N),)](
-            part_max_ptr=parts["max"],
-            part_sum_ptr=parts["sum"],
-            part_weighted_ptr=parts.get("weighted", nothing),
-            part_squares_ptr=parts.get("squares", nothing),
-            part_plain_ptr=parts.get("plain", nothing),
-            target_ptr=parts["target"],
-            top1_ptr=parts["top1"],
+            **partials.pointers(),
             reference_ptr=nothing if reference is None else reference,
             logsumexp_ptr=out["logsumexp"],
             logps_ptr=out["logps"],
@@ -265,11 +265,11 @@ def linear_logprob_reduce(
             squares_ptr=out.get("log_sum_sq_probs", nothing),
             mean_ptr=out.get("mean_logits", nothing),
             is_top1_ptr=out.get("is_top1", nothing),
-            row_max_ptr=out.get("row_max", nothing),
-            factor_ptr=out.get("factor", nothing),
+            row_max_ptr=nothing if row_max is None else row_max,
+            factor_ptr=nothing if factor is None else factor,
             N=n,
             V=vocab_size,
-            S=parts_v,
+            S=parts,
             STATS=stats,
             WRITE_EXP=write_exp,
             BLOCK_S=REDUCE_BLOCK_S,

@@ -1,9 +1,11 @@
-"""What the logits kernels share: grid order, the logits tile, its transform and column pieces.
+"""Shared by the logits kernels: grid order, the logits tile, its transform and column pieces.
 
     z = cap((h W^T + bias + a b^T) * logit_scale) / temperature
 
 Symbols: N rows, V vocab, H hidden, R LoRA rank. Products accumulate in fp32 and are never rounded.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,6 +37,40 @@ _PAD = tl.constexpr(COLUMN_PAD)
 # columns of one partial statistic, and of the pieces its epilogue is finished in
 PART_V = tl.constexpr(_PART_V)
 PIECE_V = tl.constexpr(32)
+
+
+class Partials(NamedTuple):
+    """Row statistics of a chunk of n rows before the reduction: one row of ``[S, n]`` a part."""
+
+    max: torch.Tensor  # [S, n] fp32
+    sum: torch.Tensor  # [S, n] fp32: of exponentials, without the label's
+    weighted: torch.Tensor | None  # [S, n] fp32: of exponentials times logits
+    squares: torch.Tensor | None  # [S, n] fp32: of squared exponentials
+    plain: torch.Tensor | None  # [S, n] fp32: of logits
+    target: torch.Tensor  # [n] fp32: the label's logit
+    top1: torch.Tensor  # [n] int32: the part of the label, see the forward
+
+    def pointers(self) -> dict[str, torch.Tensor]:
+        """Return the arguments of a kernel; one that is switched off still needs a tensor."""
+        return {
+            "part_max_ptr": self.max,
+            "part_sum_ptr": self.sum,
+            "part_weighted_ptr": self.max if self.weighted is None else self.weighted,
+            "part_squares_ptr": self.max if self.squares is None else self.squares,
+            "part_plain_ptr": self.max if self.plain is None else self.plain,
+            "target_ptr": self.target,
+            "top1_ptr": self.top1,
+        }
+
+
+class Transform(NamedTuple):
+    """Launch arguments of ``transform``: from raw logits to transformed ones."""
+
+    kind: int = 0
+    scale: float = 1.0
+    softcap: float = 1.0
+
+
 # the most negative finite number of fp32, and a log-probability whose exponential is 0
 LEAST = tl.constexpr(-3.4028234663852886e38)
 LEAST_LOG_P = tl.constexpr(-1000.0)
@@ -192,7 +228,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def operand(tensor: torch.Tensor, box: tuple[int, int], tile: Tile):
-    """Return what a tile load reads: a TMA descriptor of ``box`` entries, or the tensor."""
+    """Return the operand of a tile load: a TMA descriptor of ``box`` entries, or the tensor."""
     if not tile.tma:
         return tensor
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -116,11 +116,11 @@ def sides_of(
 ) -> list[Side]:
     """Return chosen, rejected and third responses of ``[B, T]`` log-probs."""
     P = logps.shape[0] // roles
-    parts = [slice(i * P, (i + 1) * P) for i in range(roles)]
+    slices = [slice(i * P, (i + 1) * P) for i in range(roles)]
     sides = [
-        Side(logps[part], None if ref_logps is None else ref_logps[part], scored[part])
-        for part in parts
+        Side(logps[role], None if ref_logps is None else ref_logps[role], scored[role])
+        for role in slices
     ]
     if response_labels is not None:
-        sides.append(Side(logps[parts[0]], mask=response_labels != ignore_index))
+        sides.append(Side(logps[slices[0]], mask=response_labels != ignore_index))
     return [*sides, Side(None)][:3]

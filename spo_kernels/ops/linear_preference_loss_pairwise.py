@@ -93,8 +93,8 @@ def scaled_gradient(
         out = torch.empty(shape, dtype=dtype, device=kept.device)
         # a product in another dtype has a whole temporary on a CPU
         for start in range(0, len(out), _HEAD_STEP):
-            part = slice(start, start + _HEAD_STEP)
-            out[part] = kept[part] * upstream
+            step = slice(start, start + _HEAD_STEP)
+            out[step] = kept[step] * upstream
         return out
     out = torch.zeros(shape, dtype=dtype, device=kept.device)
     for start in range(0, rows.count, row_chunk):
@@ -273,11 +273,11 @@ class _Run:
         for i, loss in enumerate(options.losses):
             if loss.mean_over:
                 # a mean over the batch's tokens, not over the group's
-                whole, part = (
+                whole, of_group = (
                     len(some) / max(1, sum(pair[side] for pair in some for side in loss.mean_over))
                     for some in (counts, counts[pairs])
                 )
-                weights[i] *= whole / part
+                weights[i] *= whole / of_group
         options = dataclasses.replace(options, weights=tuple(weights))
         data = PairData(*(None if t is None else t[pairs] for t in self.tensors.data))
         scored = self.loss_backend.preference_loss_fwd(*sides, data, options)
@@ -290,7 +290,7 @@ def _gather(tensor: torch.Tensor | None, order: list[slice]) -> torch.Tensor | N
     """Return the rows in another order; what is in order stays."""
     if tensor is None or len(order) == 1 or _is_sorted(order):
         return tensor
-    return torch.cat([tensor[part] for part in order])
+    return torch.cat([tensor[run] for run in order])
 
 
 def _is_sorted(order: list[slice]) -> bool:

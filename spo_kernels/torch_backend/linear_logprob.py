@@ -27,8 +27,8 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
     device, N = inputs.hidden.device, rows.count
     V, H = inputs.weight.shape
     asked, needs = call.settings.outputs, call.settings.needs_grad
-    chunk = min(call.plan.vocab_chunk, V)
-    tiles = -(-V // chunk)
+    width = min(call.plan.vocab_chunk, V)
+    tiles = -(-V // width)
 
     out = {name: torch.empty(N, dtype=acc, device=device) for name in asked - {"is_top1"}}
     if "is_top1" in asked:
@@ -48,10 +48,10 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         exps = torch.empty(N, V, dtype=_kept_dtype(call), device=device)
         exp_reference = torch.empty(N, tiles, dtype=acc, device=device)
 
-    buffers = _Buffers(call, rows, chunk, acc, device)
+    buffers = _Buffers(call, rows, width, acc, device)
     for start in range(0, N, call.plan.row_chunk):
         stop = min(start + call.plan.row_chunk, N)
-        part = slice(start, stop)
+        chunk = slice(start, stop)
         chunk_rows = _RowChunk(call, rows, inputs, start, stop, acc)
         n, labels = chunk_rows.padded, chunk_rows.labels
         run_max = torch.full((n,), _NEG_INF, dtype=acc, device=device)
@@ -66,8 +66,8 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         if direction_lora is not None:
             sum_b = torch.zeros(n, inputs.lora_b.shape[1], dtype=acc, device=device)
 
-        for tile_index, v0 in enumerate(range(0, V, chunk)):
-            head = _HeadSlice(call, inputs, v0, min(v0 + chunk, V), acc)
+        for tile_index, v0 in enumerate(range(0, V, width)):
+            head = _HeadSlice(call, inputs, v0, min(v0 + width, V), acc)
             z = chunk_rows.logits(call, head, buffers.logits)
             local = (labels - v0).clamp(0, head.width - 1)[:, None]
             inside = (labels >= v0) & (labels < v0 + head.width)
@@ -112,8 +112,8 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
                 gain = _exp_gain(call)
                 if gain != 1.0:
                     e.mul_(gain)
-                exps[part, v0 : v0 + head.width] = e[: stop - start]
-                exp_reference[part, tile_index] = reference[: stop - start]
+                exps[chunk, v0 : v0 + head.width] = e[: stop - start]
+                exp_reference[chunk, tile_index] = reference[: stop - start]
             if call.plan.strategy == "direction":
                 if sum_w is not None:
                     sum_w.mul_(keep[:, None]).addmm_(e, head.weight)
@@ -125,8 +125,8 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
         total = others + own
         lse = (run_max + torch.log(total))[:m]
         target = target[:m]
-        logsumexp[part], target_logit[part] = lse, target
-        rest[part] = (others / total)[:m]
+        logsumexp[chunk], target_logit[chunk] = lse, target
+        rest[chunk] = (others / total)[:m]
         # a label that outweighs the rest has a log-prob near 0, which a difference would blur
         logps = torch.where((own > others)[:m], -torch.log1p(others / own)[:m], target - lse)
         values = {
@@ -139,7 +139,7 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
             "row_max": run_max[:m],
         }
         for name in out:
-            out[name][part] = values[name]
+            out[name][chunk] = values[name]
         for kept, weighted_rows, matrix in (
             (direction, sum_w, inputs.weight),
             (direction_lora, sum_b, inputs.lora_b),
@@ -149,11 +149,11 @@ def forward(call: Call, rows: Rows, inputs: Inputs) -> tuple[dict[str, torch.Ten
             scale = -call.settings.slope / total[:m, None]
             if call.shard is not None:
                 # the label's term waits for the whole softmax
-                torch.mul(weighted_rows[:m], scale, out=kept[part])
+                torch.mul(weighted_rows[:m], scale, out=kept[chunk])
                 continue
-            gain = rest[part] * call.settings.target_slope(target)
+            gain = rest[chunk] * call.settings.target_slope(target)
             label_rows = matrix[labels[:m]].to(call.settings.compute_dtype).to(acc)
-            torch.addcmul(weighted_rows[:m] * scale, gain[:, None], label_rows, out=kept[part])
+            torch.addcmul(weighted_rows[:m] * scale, gain[:, None], label_rows, out=kept[chunk])
 
     entropy = out["entropy"] if "entropy" in asked else None
     kept = Kept(
@@ -190,7 +190,7 @@ def backward(
     acc = _accumulator_dtype(call)
     device, N = inputs.hidden.device, rows.count
     V = inputs.weight.shape[0]
-    chunk = min(call.plan.vocab_chunk, V)
+    width = min(call.plan.vocab_chunk, V)
     # behind a softcap the kept exponential holds its slope too, but the logit is lost
     needs_logits = grads.entropy is not None or grads.mean_logits is not None
     use_kept = kept.exps is not None and not (capped and needs_logits)
@@ -215,9 +215,9 @@ def backward(
         if name in need
     }
     vectors = row_coefficients(call, kept, grads, V)
-    buffers = _Buffers(call, rows, chunk, acc, device)
-    for tile_index, v0 in enumerate(range(0, V, chunk)):
-        head = _HeadSlice(call, inputs, v0, min(v0 + chunk, V), acc)
+    buffers = _Buffers(call, rows, width, acc, device)
+    for tile_index, v0 in enumerate(range(0, V, width)):
+        head = _HeadSlice(call, inputs, v0, min(v0 + width, V), acc)
         v1 = v0 + head.width
         slices = {
             name: torch.zeros(head.width, *out[name].shape[1:], dtype=acc, device=device)
@@ -227,23 +227,23 @@ def backward(
         }
         for start in range(0, N, call.plan.row_chunk):
             stop = min(start + call.plan.row_chunk, N)
-            part = slice(start, stop)
+            chunk = slice(start, stop)
             x = _RowChunk(call, rows, inputs, start, stop, acc, pad=False)
             if use_kept:
-                factor = torch.exp(kept.exp_reference[part, tile_index] - kept.logsumexp[part])
+                factor = torch.exp(kept.exp_reference[chunk, tile_index] - kept.logsumexp[chunk])
                 p = buffers.logits[: stop - start, : head.width]
-                p.copy_(kept.exps[part, v0:v1]).mul_((factor / _exp_gain(call))[:, None])
+                p.copy_(kept.exps[chunk, v0:v1]).mul_((factor / _exp_gain(call))[:, None])
                 z = None
             else:
                 z = x.logits(call, head, buffers.logits)
-                p = torch.sub(z, kept.logsumexp[part, None], out=buffers.exps_of(z)).exp_()
-            chunk_vectors = RowCoefficients(*(None if v is None else v[part] for v in vectors))
-            local = inputs.labels[part] - v0
-            grad = _gradient_tile(call, chunk_vectors, kept.logsumexp[part], p, z, local)
+                p = torch.sub(z, kept.logsumexp[chunk, None], out=buffers.exps_of(z)).exp_()
+            chunk_vectors = RowCoefficients(*(None if v is None else v[chunk] for v in vectors))
+            local = inputs.labels[chunk] - v0
+            grad = _gradient_tile(call, chunk_vectors, kept.logsumexp[chunk], p, z, local)
             if "hidden" in sums:
-                sums["hidden"][part].addmm_(grad, head.weight)
+                sums["hidden"][chunk].addmm_(grad, head.weight)
             if "lora_a" in sums:
-                sums["lora_a"][part].addmm_(grad, head.lora_b)
+                sums["lora_a"][chunk].addmm_(grad, head.lora_b)
             if "weight" in slices:
                 slices["weight"].addmm_(grad.t(), x.hidden)
             if "lora_b" in slices:
@@ -293,8 +293,8 @@ def _gradient_tile(
 class _Buffers:
     """The two reused tiles: logits, and exponentials where they must not overwrite the logits."""
 
-    def __init__(self, call: Call, rows: Rows, chunk: int, acc: torch.dtype, device: torch.device):
-        shape = (_pad_rows(min(call.plan.row_chunk, rows.count)), chunk)
+    def __init__(self, call: Call, rows: Rows, width: int, acc: torch.dtype, device: torch.device):
+        shape = (_pad_rows(min(call.plan.row_chunk, rows.count)), width)
         self.logits = torch.empty(shape, dtype=acc, device=device)
         self._second = None
         if call.settings.softcap is not None or call.settings.outputs & {"entropy"}:
