@@ -1,4 +1,4 @@
-"""``python -m benchmarks.sparse_study``: would a bounded sparse backward pay? Measured on the CPU.
+"""``python -m benchmarks.sparse``: would a bounded sparse backward pay? Measured on the CPU.
 
 Rows come from small models trained here on real preference pairs (responses they did not see,
 responses they saw, and the same ones memorised) and from peaked random inputs. For every vocabulary
@@ -9,20 +9,15 @@ exact strategies; and a DPO run on sparse gradients beside the exact one.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
-from benchmarks import (
-    results,
-    sparse_backward,
-    sparse_model,
-    sparse_report,
-    timing,
-    workloads,
-)
+from benchmarks import results, timing, workloads
 from benchmarks.results import Row
+from benchmarks.sparse import backward, report
+from benchmarks.sparse import model as text_model
 from spo_kernels import linear_logprob, preference_loss
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
@@ -70,13 +65,13 @@ class Source:
         return dataclasses.replace(self, weight=self.weight[order], labels=labels)
 
 
-def text_source(name: str, model, pairs: list[sparse_model.Pair], counts, rows: int) -> Source:
+def text_source(name: str, model, pairs: list[text_model.Pair], counts, rows: int) -> Source:
     """Return the first rows of the pairs' responses, with DPO's gradient at its start.
 
     There the policy is the reference: the same size in every row, negative on chosen responses.
     """
     with torch.no_grad():
-        hidden, labels, lengths = sparse_model.scored(model, pairs, 256, 512)
+        hidden, labels, lengths = text_model.scored(model, pairs, 256, 512)
     upstream = torch.tensor([-0.05, 0.05] * len(pairs)).repeat_interleave(torch.tensor(lengths))
     weight = model.lm_head.weight.detach().clone()
     return Source(name, hidden[:rows], weight, labels[:rows], upstream[:rows], counts)
@@ -107,20 +102,20 @@ def measure_tiles(source: Source) -> Iterator[Row]:
 def errors_of(source: Source) -> Callable[[float], Row]:
     """Return a function of the tolerance: f, the bound, and errors against keeping every tile."""
     hidden, weight, labels, upstream = source.hidden, source.weight, source.labels, source.upstream
-    saved = sparse_backward.forward(hidden, weight, labels)
+    saved = backward.forward(hidden, weight, labels)
 
     def gradients(keep: torch.Tensor):
-        return sparse_backward.backward(hidden, weight, labels, saved.logsumexp, upstream, keep)
+        return backward.backward(hidden, weight, labels, saved.logsumexp, upstream, keep)
 
     def error(got: torch.Tensor, right: torch.Tensor) -> float:
         return ((got - right).norm() / right.norm()).item()
 
-    exact = gradients(sparse_backward.select(saved, labels, upstream, 0.0).keep)
+    exact = gradients(backward.select(saved, labels, upstream, 0.0).keep)
 
     def measure(tolerance: float) -> Row:
-        keep, bound = sparse_backward.select(saved, labels, upstream, tolerance)
+        keep, bound = backward.select(saved, labels, upstream, tolerance)
         grad_hidden, grad_weight = gradients(keep)
-        means = sparse_backward.mean_part(weight, upstream, saved.q, keep)
+        means = backward.mean_part(weight, upstream, saved.q, keep)
         return {
             "tolerance": tolerance,
             "nll": -saved.logps.mean().item(),
@@ -141,7 +136,7 @@ def at_the_bar(measure: Callable[[float], Row], hidden_error: str) -> Row:
     for _ in range(8):
         middle = (low + high) / 2
         row = measure(10**middle)
-        inside = max(row[hidden_error], row["rel_dw"]) <= sparse_report.BAR
+        inside = max(row[hidden_error], row["rel_dw"]) <= report.BAR
         low, high = (middle, high) if inside else (low, middle)
     return measure(10**low)
 
@@ -152,9 +147,9 @@ def measure_times(source: Source, rounds: int) -> Row:
     hidden, weight, labels, upstream = source.hidden, source.weight, source.labels, source.upstream
 
     def sparse(need_weight: bool) -> None:
-        saved = sparse_backward.forward(hidden, weight, labels)
-        keep = sparse_backward.select(saved, labels, upstream, _TIMED_TOLERANCE).keep
-        sparse_backward.backward(
+        saved = backward.forward(hidden, weight, labels)
+        keep = backward.select(saved, labels, upstream, _TIMED_TOLERANCE).keep
+        backward.backward(
             hidden, weight, labels, saved.logsumexp, upstream, keep, need_weight=need_weight
         )
 
@@ -171,15 +166,15 @@ def measure_times(source: Source, rounds: int) -> Row:
     return {**about, "tolerance": _TIMED_TOLERANCE, "median_ms": medians}
 
 
-def measure_curve(model, pairs: list[sparse_model.Pair], counts, steps: int) -> Iterator[Row]:
+def measure_curve(model, pairs: list[text_model.Pair], counts, steps: int) -> Iterator[Row]:
     """Yield the losses of DPO on exact and on sparse gradients: same model, same batches."""
     start = {name: value.clone() for name, value in model.state_dict().items()}
     order = torch.argsort(counts, descending=True, stable=True)
 
     def batch_logps(step: int, tolerance: float, fractions: list[float]) -> torch.Tensor:
         first = 2 * step % len(pairs)
-        hidden, labels, lengths = sparse_model.scored(model, pairs[first : first + 2], 128, 128)
-        logps = sparse_backward.log_probs(
+        hidden, labels, lengths = text_model.scored(model, pairs[first : first + 2], 128, 128)
+        logps = backward.log_probs(
             hidden, model.lm_head.weight, labels, order, tolerance, fractions
         )
         return torch.stack([part.sum() for part in logps.split(lengths)])
@@ -223,45 +218,48 @@ def _about(source: Source) -> Row:
     }
 
 
-def stages(setting: Setting) -> Iterator[list[Row]]:
-    """Yield the rows of each source as they are measured, and the curve at the first V."""
+def stages(setting: Setting, pairs: Path) -> Iterator[list[Row]]:
+    """Yield the rows of each source as they are measured, and the curve at the first V.
+
+    ``pairs`` is the file of preference pairs that the models are trained on.
+    """
 
     def measure(source: Source) -> list[Row]:
         return [*measure_tiles(source), measure_times(source, setting.rounds)]
 
     yield measure(random_source(setting.rows, setting.hidden, setting.vocabs[0]))
     for vocab in setting.vocabs:
-        corpus = sparse_model.read_corpus(vocab, setting.pairs)
+        corpus = text_model.read_corpus(pairs, vocab, setting.pairs)
         few, counts = corpus.seen[:16], corpus.counts
-        model = sparse_model.make_model(vocab, setting.hidden, setting.layers)
-        sparse_model.train(model, corpus.seen, setting.epochs)
+        model = text_model.make_model(vocab, setting.hidden, setting.layers)
+        text_model.train(model, corpus.seen, setting.epochs)
         yield measure(text_source("unseen text", model, corpus.unseen[:16], counts, setting.rows))
         yield measure(text_source("seen text", model, few, counts, setting.rows))
         if vocab == setting.vocabs[0]:
             yield list(measure_curve(model, few, counts, setting.steps))
-        sparse_model.train(model, few, setting.memorised_epochs)
+        text_model.train(model, few, setting.memorised_epochs)
         yield measure(text_source("memorised text", model, few, counts, setting.rows))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the study, write its result file, the README's table and the plot.
-
-    Returns 0, or 2 where the pairs are missing.
-    """
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    """Run the study, write its result file, the README's table and the plot."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sparse", description=main.__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        required=True,
+        help="JSONL file of preference pairs: prompt, chosen and rejected as lists of messages",
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
-    if not sparse_model.PAIRS.exists():
-        print("sparse_study: skipped, ../shared/data/preference_pairs.jsonl is not there")
-        return 2
+    if not options.pairs.is_file():
+        parser.error(f"--pairs: there is no file {options.pairs}")
     torch.set_num_threads(options.threads)
-    path = sparse_report.FOLDER / results.path_for("cpu", options.threads).name
-    for rows in stages(Setting()):
+    path = report.FOLDER / results.path_for("cpu", options.threads).name
+    for rows in stages(Setting(), options.pairs):
         print(rows[0]["workload"], flush=True)
-        rows = [{"command": "python -m benchmarks.sparse_study", **row} for row in rows]
+        rows = [{"command": "python -m benchmarks.sparse", **row} for row in rows]
         results.merge(path, rows, device="cpu", threads=options.threads)
-    return sparse_report.publish()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return report.publish()

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import results, sparse_backward, sparse_model, sparse_report, sparse_study
-from benchmarks.sparse_backward import BLOCK_N, BLOCK_V
+from benchmarks import results
+from benchmarks.sparse import backward, report, study
+from benchmarks.sparse.backward import BLOCK_N, BLOCK_V
 
-_TINY = sparse_study.Setting(
+_TINY = study.Setting(
     vocabs=(512,),
     hidden=16,
     layers=1,
@@ -19,14 +20,15 @@ _TINY = sparse_study.Setting(
     rounds=1,
     steps=2,
 )
+_PAIRS = results.ROOT / "integrations" / "command" / "demo_pairs.jsonl"
 _TILES = (2, BLOCK_N, 4, BLOCK_V)
 
 
-def _peaked() -> sparse_study.Source:
-    return sparse_study.random_source(2 * BLOCK_N, 32, 4 * BLOCK_V)
+def _peaked() -> study.Source:
+    return study.random_source(2 * BLOCK_N, 32, 4 * BLOCK_V)
 
 
-def _adversarial() -> sparse_study.Source:
+def _adversarial() -> study.Source:
     """Almost uniform, every label in the first tile, and half the rows count not."""
     source = _peaked()
     upstream = source.upstream.clone()
@@ -37,24 +39,22 @@ def _adversarial() -> sparse_study.Source:
     )
 
 
-def _dense(source: sparse_study.Source) -> torch.Tensor:
+def _dense(source: study.Source) -> torch.Tensor:
     """G [N, V] in fp64."""
     p = (source.hidden.double() @ source.weight.double().T).softmax(-1)
     onehot = torch.nn.functional.one_hot(source.labels, len(source.weight))
     return source.upstream.double()[:, None] * (onehot - p)
 
 
-def _forward(source: sparse_study.Source) -> sparse_backward.Forward:
-    return sparse_backward.forward(source.hidden, source.weight, source.labels)
+def _forward(source: study.Source) -> backward.Forward:
+    return backward.forward(source.hidden, source.weight, source.labels)
 
 
 @pytest.mark.parametrize("make", [_peaked, _adversarial])
 @pytest.mark.parametrize("tolerance", [3.0, 0.3, 1e-1, 1e-2])
 def test_what_is_dropped_stays_in_the_bound(make, tolerance):
     source = make().in_order("frequency")
-    keep, bound = sparse_backward.select(
-        _forward(source), source.labels, source.upstream, tolerance
-    )
+    keep, bound = backward.select(_forward(source), source.labels, source.upstream, tolerance)
     exact = _dense(source)
     dropped = exact.view(_TILES) * ~keep[:, None, :, None]
     ratio = (dropped.norm() / exact.norm()).item()
@@ -68,7 +68,7 @@ def test_selection():
     # p^2 sums to 2^-12 a tile and row, so 8 tiles of about 2^-13 |G|^2 each: kept below 2^-5 or so
     only_label, every = [True, False, False, False], [True] * 4
     for tolerance, line in ((3.0, only_label), (0.06, only_label), (0.02, every), (0.0, every)):
-        found = sparse_backward.select(_forward(source), source.labels, source.upstream, tolerance)
+        found = backward.select(_forward(source), source.labels, source.upstream, tolerance)
         assert found.keep.tolist() == [line] * 2
 
 
@@ -77,12 +77,12 @@ def test_gradients():
     keep = torch.tensor([[True, False, True, True], [True, True, False, False]])
     lse = _forward(source).logsumexp
     inputs = (source.hidden, source.weight, source.labels, lse, source.upstream, keep)
-    got = sparse_backward.backward(*inputs)
+    got = backward.backward(*inputs)
     G = (_dense(source).view(_TILES) * keep[:, None, :, None]).view(2 * BLOCK_N, -1)
     right = (G @ source.weight.double(), G.T @ source.hidden.double())
     for found, expected in zip(got, right, strict=True):
         assert (found - expected).norm() <= 2e-6 * expected.norm()
-    frozen = sparse_backward.backward(*inputs, need_weight=False)
+    frozen = backward.backward(*inputs, need_weight=False)
     assert torch.equal(frozen[0], got[0]) and frozen[1] is None
 
 
@@ -94,9 +94,9 @@ def test_means_stand_in_for_dropped_tiles():
     saved = _forward(source)
     inputs = (source.hidden, weight, source.labels, saved.logsumexp, source.upstream)
     keep = torch.tensor([[True, False, True, False]] * 2)
-    got = sparse_backward.backward(*inputs, keep)[0]
-    got += sparse_backward.mean_part(weight, source.upstream, saved.q, keep)
-    assert torch.allclose(got, sparse_backward.backward(*inputs, keep | True)[0], atol=1e-5)
+    got = backward.backward(*inputs, keep)[0]
+    got += backward.mean_part(weight, source.upstream, saved.q, keep)
+    assert torch.allclose(got, backward.backward(*inputs, keep | True)[0], atol=1e-5)
 
 
 def test_log_probs_without_a_tolerance_are_exact():
@@ -105,7 +105,7 @@ def test_log_probs_without_a_tolerance_are_exact():
     order = torch.randperm(len(source.weight), generator=torch.Generator().manual_seed(1))
     fractions = []
     runs = {
-        "sparse": lambda h, w: sparse_backward.log_probs(h, w, labels, order, 0.0, fractions),
+        "sparse": lambda h, w: backward.log_probs(h, w, labels, order, 0.0, fractions),
         "torch": lambda h, w: (h @ w.T).log_softmax(-1).gather(1, labels[:, None])[:, 0],
     }
     found = {}
@@ -121,33 +121,30 @@ def test_log_probs_without_a_tolerance_are_exact():
 
 def test_the_bar_is_met_and_no_larger_tolerance_would():
     # errors grow with the tolerance: grad_hidden meets the bar to 1e-3
-    row = sparse_study.at_the_bar(
-        lambda t: {"tolerance": t, "rel_dh": 2.7 * t, "rel_dw": t}, "rel_dh"
-    )
+    row = study.at_the_bar(lambda t: {"tolerance": t, "rel_dh": 2.7 * t, "rel_dw": t}, "rel_dh")
     assert 0.9e-3 < row["tolerance"] <= 1e-3
-    assert row["rel_dh"] <= sparse_report.BAR
+    assert row["rel_dh"] <= report.BAR
 
 
 def test_break_even_is_where_the_prediction_is_one():
-    for place, plan in enumerate(sparse_study.STRATEGIES):
-        f = sparse_report.break_even(plan)
-        assert 0 < f < 1 and sparse_report.predicted_ratios(f)[place] == pytest.approx(1.0)
+    for place, plan in enumerate(study.STRATEGIES):
+        f = report.break_even(plan)
+        assert 0 < f < 1 and report.predicted_ratios(f)[place] == pytest.approx(1.0)
     # the promise: 0.25 + 0.85 f of recompute
-    assert sparse_report.predicted_ratios(0.5)[0] == pytest.approx(0.25 + 0.85 * 0.5)
+    assert report.predicted_ratios(0.5)[0] == pytest.approx(0.25 + 0.85 * 0.5)
 
 
-@pytest.mark.skipif(not sparse_model.PAIRS.exists(), reason="the preference pairs are not here")
 def test_study_and_readme(tmp_path):
-    rows = [row for part in sparse_study.stages(_TINY) for row in part]
+    rows = [row for part in study.stages(_TINY, _PAIRS) for row in part]
     tiles = [row for row in rows if row["kind"] == "tiles"]
-    assert {row["source"] for row in tiles} == set(sparse_report._COLORS)
+    assert {row["source"] for row in tiles} == set(report._COLORS)
     assert all(row["bound"] <= row["tolerance"] * 1.0001 for row in tiles)
     at_bar = [row for row in tiles if row["at"] == "bar"]
-    assert len(at_bar) == 4 and all(row["rel_dh"] <= sparse_report.BAR for row in at_bar)
+    assert len(at_bar) == 4 and all(row["rel_dh"] <= report.BAR for row in at_bar)
     readme = tmp_path / "README.md"
-    readme.write_text(f"a\n{sparse_report.BEGIN}\nold\n{sparse_report.END}\nb\n")
+    readme.write_text(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n")
     results.merge(tmp_path / "toy.json", rows, device="cpu", threads=1)
-    assert sparse_report.publish(readme, tmp_path) == 0
+    assert report.publish(readme, tmp_path) == 0
     text = readme.read_text()
     assert text.startswith("a\n") and text.endswith("\nb\n") and "old" not in text
     assert "| memorised text V 512 |" in text and "DPO, 2 steps, V 512" in text
@@ -155,5 +152,4 @@ def test_study_and_readme(tmp_path):
 
 
 def test_readme_holds_the_newest_result():
-    readme = (results.ROOT / "README.md").read_text("utf-8")
-    assert sparse_report.render(sparse_report.newest()) in readme
+    assert report.render(report.newest()) in report.README.read_text("utf-8")

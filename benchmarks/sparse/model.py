@@ -1,22 +1,18 @@
-"""A small causal language model trained on real text: what ``sparse_study`` takes rows from.
-
-The text is the preference pairs beside the repository; they are read there and never copied.
-"""
+"""A small causal language model trained on real text: the study's rows come from it."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.results import ROOT
 from spo_kernels import linear_logprob
 
-PAIRS = ROOT.parent / "shared" / "data" / "preference_pairs.jsonl"
 _SIDES = ("chosen", "rejected")
 _END = "<|end|>"
 _BATCH, _TOKENS = 8, 256
@@ -39,9 +35,12 @@ class Corpus:
     counts: torch.Tensor  # [V]
 
 
-def read_corpus(vocab: int, pairs: int) -> Corpus:
-    """Return the first pairs as token ids of a BPE tokenizer trained on the seen nine tenths."""
-    records = [json.loads(line) for line in PAIRS.read_text("utf-8").splitlines()[:pairs]]
+def read_corpus(path: Path, vocab: int, pairs: int) -> Corpus:
+    """Return a file's first pairs as token ids of a BPE tokenizer trained on the seen nine tenths.
+
+    A line is one pair: ``prompt``, ``chosen`` and ``rejected``, each a list of messages.
+    """
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()[:pairs]]
     texts = [
         tuple("\n".join(m["content"] for m in record[side]) for side in ("prompt", *_SIDES))
         for record in records

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.sparse_report``: the sparse study's newest file -> README table, plot.
+"""``python -m benchmarks.sparse.report``: the study's newest result file -> README table, plot.
 
-``benchmarks.sparse_study`` ends with it.
+``python -m benchmarks.sparse`` ends with it.
 """
 
 import sys
@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 from benchmarks import bars, report, results
 from benchmarks.results import Row
 
-FOLDER = results.RESULTS / "sparse"
+README = Path(__file__).with_name("README.md")
+FOLDER = README.with_name("results")
 BEGIN, END = "<!-- sparse:begin -->", "<!-- sparse:end -->"
 # both gradients have the same
 BAR = bars.ACCURACY_LIMITS["rel_dh"]["bf16"]
@@ -42,7 +43,7 @@ def break_even(plan: str) -> float:
     return (units - 1) / (products * _SPARSE_UNIT)
 
 
-def publish(readme: Path = results.ROOT / "README.md", folder: Path = FOLDER) -> int:
+def publish(readme: Path = README, folder: Path = FOLDER) -> int:
     """Rewrite the README between the markers and draw the plot; 2 where the markers are missing."""
     document = newest(folder)
     draw(document["rows"], folder / "sparse-study.png")
