@@ -99,7 +99,7 @@ lint: $(SETUP)
 	$(PYTHON) -m ruff format --check .
 
 bench: $(SETUP)
-	$(PYTEST) benchmarks --benchmark-only
+	$(PYTEST) benchmarks --ignore=benchmarks/sparse --benchmark-only
 	$(PYTHON) -m benchmarks.report
 
 # the stages in order of value; a red one does not keep the later ones from running, each can be

@@ -28,6 +28,7 @@ _STRATEGY_COLORS = {"direction": "#0b7a43", "resident": "#7fc29b", "recompute": 
 _NOTHING_FITS = "#f1d4d4"
 _MIB = 1 << 20
 _BARS_N = 8192
+_FLOORS = "floor: spo's products alone; gradients returned"
 
 
 def draw_all(documents: Sequence[dict], folder: Path) -> list[Path]:
@@ -84,17 +85,21 @@ def _draw_times(rows: list[Row], floors: list[Row], document: dict, path: Path) 
             places = [place + (index - (len(names) - 1) / 2) * height for place, _ in found]
             values = [value for _, value in found]
             bars = axis.barh(places, values, height=0.9 * height, color=_COLORS[name], label=name)
-            axis.bar_label(bars, fmt=_short, padding=3, fontsize=8)
+            for text in axis.bar_label(bars, fmt=_short, padding=3, fontsize=8):
+                # a floor's dots may run behind a number
+                text.set_bbox({"color": "white", "pad": 0.5})
         axis.set_xscale("log")
+        _plain_numbers(axis.xaxis)
+        axis.tick_params(axis="x", labelsize=8)
         axis.set_xlabel(label)
         axis.margins(x=0.12)
         axis.grid(axis="x", which="both", alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
     _draw_floor(axes, workloads, rows, floors)
-    axes[0].set_yticks(range(len(workloads)), workloads)
+    axes[0].set_yticks(range(len(workloads)), [_case_of(rows, name) for name in workloads])
     axes[0].set_ylim(len(workloads) - 0.4, -0.6)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, ncols=len(labels), loc="outside lower center")
+    axes[0].plot([], [], color="black", lw=1.5, ls=":", label=_FLOORS)
+    _legend_below(figure, axes[0])
     figure.suptitle(f"linear_logprob, {document['machine']['device']}, commit {document['commit']}")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -116,6 +121,7 @@ def draw_over_n(rows: list[Row], document: dict, path: Path) -> Path:
                 if found:
                     axis.plot(*zip(*found, strict=True), marker="o", color=color, label=name)
             axis.set(xscale="log", yscale="log")
+            _plain_numbers(axis.yaxis)
             axis.grid(which="both", alpha=0.2)
             axis.spines[["top", "right"]].set_visible(False)
         unit_ms = {r["rows"]: r["median_ms"] for r in head if r["provider"] == "gemm"}
@@ -127,24 +133,43 @@ def draw_over_n(rows: list[Row], document: dict, path: Path) -> Path:
             for n in counts
             if ours[n].get("peak_bytes")
         ]
-        floors = ((bare, "floor: spo's products alone"), (returned, "floor: gradients returned"))
-        for axis, (points, label) in zip(line, floors, strict=True):
+        for axis, points in zip(line, (bare, returned), strict=True):
             if points:
-                axis.plot(*zip(*points, strict=True), color="black", ls=":", label=label)
+                axis.plot(*zip(*points, strict=True), color="black", ls=":", label=_FLOORS)
             axis.set_xticks(counts, [f"{n:,}" for n in counts])
             axis.set_xticks([], minor=True)
-            axis.legend(fontsize=8)
         kind = "trainable" if trainable else "frozen"
         line[0].set_ylabel(f"{kind} head: forward + backward, ms")
         line[1].set_ylabel("peak memory beyond the inputs, MiB")
     for axis in axes[1]:
         axis.set_xlabel("N, scored rows")
+    _legend_below(figure, axes[0, 0])
     sizes = f"H {rows[0]['hidden']}, V {rows[0]['vocab']}, {rows[0]['dtype']}"
     where = f"{document['machine']['device']}, commit {document['commit']}"
     figure.suptitle(f"linear_logprob, {sizes}, {where}")
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def _case_of(rows: list[Row], workload: str) -> str:
+    """Return a workload's sizes and inputs in three lines."""
+    row = next(row for row in rows if row["workload"] == workload)
+    head = "trainable" if row["trainable"] else "frozen"
+    sizes = f"H {row['hidden']}, V {row['vocab']:,}\nN {row['rows']:,}, {row['dtype']}"
+    return f"{sizes}, {'peaked' if row['peaked'] else 'random'}\n{head} head"
+
+
+def _plain_numbers(axis) -> None:
+    """Label a log axis with 1, 2, 5, 10, ... instead of powers."""
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, place: f"{value:,g}")
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def _legend_below(figure, axis) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=len(labels), loc="outside lower center")
 
 
 def _short(value: float) -> str:

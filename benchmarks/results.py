@@ -44,7 +44,7 @@ def commit() -> str:
     head = _git("rev-parse", "--short=10", "HEAD")
     if not head:
         return "uncommitted"
-    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!*.md")
     return head + ("-dirty" if changed else "")
 
 

@@ -67,7 +67,7 @@ def why_not(shape: StepShape) -> str | None:
         if importlib.util.find_spec(module) is None:
             return f"{package} is not installed"
     if importlib.util.find_spec("spo_kernels.integrations") is None:
-        return "spo_kernels.integrations is not installed, see Developing in README.md"
+        return "spo_kernels.integrations is not installed, see CONTRIBUTING.md"
     return None
 
 

@@ -172,7 +172,9 @@ def _plan(arguments: Sequence[str]) -> int:
         "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), metavar="X"
     )
     parser.add_argument("--outputs", nargs="+", default=["logps"], metavar="X")
-    parser.add_argument("--budget_mib", type=float, metavar="M", help="default: see the README")
+    parser.add_argument(
+        "--budget_mib", type=float, metavar="M", help="default: grows with N, H and V"
+    )
     parser.add_argument("--strategy", default="auto", metavar="X")
     parser.add_argument("--device", default="cuda:sm_90", metavar="X", help="cpu, cuda:sm_80, ...")
     options = parser.parse_args(arguments)

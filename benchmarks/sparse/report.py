@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks import bars, report, results
+from benchmarks import bars, report, results, tables
 from benchmarks.results import Row
 
 README = Path(__file__).with_name("README.md")
@@ -47,7 +47,7 @@ def publish(readme: Path = README, folder: Path = FOLDER) -> int:
     """Rewrite the README between the markers and draw the plot; 2 where the markers are missing."""
     document = newest(folder)
     draw(document["rows"], folder / "sparse-study.png")
-    return 0 if report.write_readme(readme, render(document), BEGIN, END) else 2
+    return 0 if report.write_between(readme, render(document), BEGIN, END) else 2
 
 
 def newest(folder: Path = FOLDER) -> dict:
@@ -86,7 +86,7 @@ def render(document: dict) -> str:
     )
     rule = "|" + " --- |" * (header.count("|") - 1)
     table = "\n".join([header, rule, *lines])
-    return "\n\n".join([f"**{report.headline(document)}**", table, _curve_line(rows)])
+    return "\n\n".join([f"**{tables.origin(document)}**", table, _curve_line(rows)])
 
 
 def _curve_line(rows: list[Row]) -> str:

