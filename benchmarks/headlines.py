@@ -129,6 +129,8 @@ def _steps_notes(rows: list[Row]) -> list[str]:
             steps.setdefault(row["workload"], {})[row["provider"]] = row
     found = []
     for workload, by_provider in steps.items():
+        if not {"trl", "spo gamma=0", "SPO's extra cost"} <= by_provider.keys():
+            continue
         without, stock = (by_provider[name]["median_ms"] for name in ("spo gamma=0", "trl"))
         extra = by_provider["SPO's extra cost"]["note"].removesuffix(" of the step")
         found.append(f"{workload} {ratio(without / stock)} ({extra})")
@@ -140,7 +142,9 @@ def _steps_notes(rows: list[Row]) -> list[str]:
 def _line(headline: Headline, documents: list[dict]) -> str:
     for document in documents:
         by_provider = _rows_of(headline, document)
-        if headline.on_gpu == ("sm" in document["machine"]) and headline.ours in by_provider:
+        if headline.on_gpu == ("sm" in document["machine"]) and (
+            {headline.ours, headline.peer} <= by_provider.keys()
+        ):
             break
     else:
         return f"| {'GPU' if headline.on_gpu else 'CPU'} | {headline.words} | | | | | unmeasured |"
@@ -167,5 +171,10 @@ def _verdict(headline: Headline, document: dict) -> tuple[str, str]:
     for bar in bars.bars_for(document["rows"]):
         if bar.case == case and bar.what.startswith(headline.bar):
             return ratio(bar.limit), "met" if bar.met else f"**missed**: {bar.cause}"
-    promise, limit = next(p[:2] for p in bars.GPU_PROMISES if p[2] == headline.bar)
-    return "", f"no bar at this size; {promise} ({limit}): unmeasured"
+    for (promise, limit, worst), (_, _, what) in zip(
+        worst_bars([document]), bars.GPU_PROMISES, strict=True
+    ):
+        if what == headline.bar:
+            elsewhere = "unmeasured" if worst is None else ratio(worst.ratio)
+            return "", f"no bar at this size; {promise} ({limit}): {elsewhere}"
+    return "", "no bar"
