@@ -100,6 +100,32 @@ def test_bars():
     }
 
 
+def test_bars_of_a_gpu():
+    """Times beside TRL's and the bare products; a dtype or a size may have a limit of its own."""
+    row = {"kind": "time", "workload": "w", "pass": "forward_backward", "hidden": 4096}
+    row |= {"workspace_bytes": 100, "planned_bytes": 100}
+
+    def found(strategy, units, **changes):
+        ours = {**row, "provider": "spo", "strategy": strategy, "gemm_units": units, **changes}
+        rows = [{**ours, "median_ms": 9.0}, {**ours, "provider": "trl", "median_ms": 12.0}]
+        rows.append({**ours, "provider": "gemm", "median_ms": 4.0})
+        return {bar.what: (bar.ratio, bar.met, bar.detail) for bar in bars.gpu_bars(rows)}
+
+    direction = found("direction", 2, rows=8192, dtype="bf16")
+    beyond = "1.0 ms beyond the bare products"
+    assert direction["direction time against TRL"] == (0.75, False, beyond)
+    assert direction["forward_backward against 2 bare GEMMs"] == (1.125, True, beyond)
+    assert direction["workspace against the plan"][:2] == (1.0, True)
+    half = found("direction", 2, rows=8192, dtype="fp16")
+    assert half["fp16 time against TRL"] == (0.75, True, beyond)
+    many = found("recompute", 4, rows=131072, dtype="bf16")
+    assert many["workspace at N 131072 against TRL"][:2] == (1.0, False)
+    assert "workspace against TRL" in found("recompute", 4, rows=8192, dtype="bf16")
+    # every promise about a GPU is found by the text of its bars, each by one
+    for what in (*direction, *half, *many):
+        assert sum(what.startswith(begin) for _, _, begin in bars.GPU_PROMISES) == 1
+
+
 def test_bars_of_preference_loss():
     row = {"kind": "pairs", "shape": "bar", "case": "ipo", "provider": "spo", "ratio": 1.25}
     on_cpu, on_gpu = ({**row, "device": device} for device in ("cpu", "cuda"))
