@@ -153,13 +153,19 @@ def _linear_logprob_bwd_logits_kernel(
             shared = (
                 z, first, offs_n, mask_n, label - i * PIECE_V, logsumexp_ptr, entropy_ptr, on_p_ptr,
                 on_label_ptr, g_entropy_ptr, everywhere_ptr, grad_ptr, V, stride_grad_n,
-                1.0 / softcap, outer, TRANSFORM, HAS_ENTROPY, HAS_EVERYWHERE,
+                1.0 / softcap, outer,
             )  # fmt: skip
-            # a switch of the compiler cannot be a value of the run, hence two calls
+            # two calls, since a constexpr cannot be a value of the run
             if is_plain:
-                _store_gradient(*shared, PLAIN=True)
+                _store_gradient(
+                    *shared, TRANSFORM=TRANSFORM, HAS_ENTROPY=HAS_ENTROPY,
+                    HAS_EVERYWHERE=HAS_EVERYWHERE, PLAIN=True,
+                )  # fmt: skip
             else:
-                _store_gradient(*shared, PLAIN=False)
+                _store_gradient(
+                    *shared, TRANSFORM=TRANSFORM, HAS_ENTROPY=HAS_ENTROPY,
+                    HAS_EVERYWHERE=HAS_EVERYWHERE, PLAIN=False,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "V", "v_start"])

@@ -262,15 +262,20 @@ def _linear_logprob_fwd_kernel(
                     ),
                 )  # fmt: skip
             shared = (
-                logits, first, first_part + block_v * PARTS + i, offs_n, mask_n,
-                label - i * PART_V, reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V,
-                stride_exps_n, 1.0 / softcap, TRANSFORM, STATS, WRITE_EXP,
+                first, first_part + block_v * PARTS + i, offs_n, mask_n, label - i * PART_V,
+                reference_ptr, target_ptr, top1_ptr, exps_ptr, N, V, stride_exps_n, 1.0 / softcap,
             )  # fmt: skip
-            # a switch of the compiler cannot be a value of the run, hence two calls
+            # two calls, since a constexpr cannot be a value of the run
             if (((owned >> i) & 1) == 0) & (first + PART_V <= V):
-                part_max, part_sum, weighted, squares, plain = _finish_part(*shared, PLAIN=True)
+                part_max, part_sum, weighted, squares, plain = _finish_part(
+                    logits, *shared,
+                    TRANSFORM=TRANSFORM, STATS=STATS, WRITE_EXP=WRITE_EXP, PLAIN=True,
+                )  # fmt: skip
             else:
-                part_max, part_sum, weighted, squares, plain = _finish_part(*shared, PLAIN=False)
+                part_max, part_sum, weighted, squares, plain = _finish_part(
+                    logits, *shared,
+                    TRANSFORM=TRANSFORM, STATS=STATS, WRITE_EXP=WRITE_EXP, PLAIN=False,
+                )  # fmt: skip
             maxima = maxima + (part_max,)
             sums = sums + (part_sum,)
             weighted_sums = weighted_sums + (weighted,)
