@@ -1,4 +1,4 @@
-"""The one table of loss types: name, id, parameters with their ranges, formula and paper.
+"""The one table of loss types: name, kind, parameters with their ranges, formula and paper.
 
 Symbols of the formulas: ``c`` and ``r`` are the scores of the chosen and the rejected side of a
 pair, policy log-prob minus reference log-prob, with ``m = beta (c - r)``; ``pc`` and ``pr`` the
@@ -8,14 +8,16 @@ policy's log-probs alone; ``len_c`` and ``len_r`` the completion lengths in toke
 Unpaired rows: ``d`` is the score of one response. Lists of K: ``y_j = beta * score_j``, ``psi_j``
 the label of response j.
 
-A type joins as one row here, one function in each backend and one in the reference; a parameter
-joins as one row of its family's parameters and one keyword of the public op.
+A type is five edits: its row here; a function of the row's name in ``kernels/``, in
+``torch_backend/`` and in ``reference/``, each derived on its own; a value computed by hand in
+``tests/ops/test_<op>.py``. Pairwise types are in the files ``preference_terms.py`` of the backends.
 """
 
 import dataclasses
 import math
 import textwrap
 from collections import namedtuple
+from typing import Literal
 
 _INF = math.inf
 
@@ -52,9 +54,13 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class LossType:
-    """One loss; ``id`` is what a kernel is compiled for and never changes its meaning.
+    """One loss; every backend and the reference have a function of its name.
 
     Attributes:
+        kind: what a pairwise type is a function of, which decides what its functions return and
+            where its gradient goes: "pair", the scores of both sides; "ranked", the sorted scores,
+            so that a weight of a pair has no meaning; "statistic", the scores and one statistic of
+            all margins; "policy", the policy's log-probs alone; "response", the third response.
         parameters: names of its family's parameters in the formula.
         inputs: what it needs beside log-probs: "lengths", "response", "response_lengths",
             "rewards".
@@ -67,9 +73,9 @@ class LossType:
     """
 
     name: str
-    id: int
     formula: str
     paper: str
+    kind: Literal["pair", "ranked", "statistic", "policy", "response"] = "pair"
     parameters: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     positive: tuple[str, ...] = ()
@@ -78,24 +84,19 @@ class LossType:
     peers: tuple[str, ...] = ()
 
     @property
-    def sorts(self) -> bool:
-        """Whether it pairs by rank, so that a weight of a pair has no meaning."""
-        return FIRST_SORTED_ID <= self.id < FIRST_STATISTIC_ID
-
-    @property
-    def has_statistic(self) -> bool:
-        """Whether one statistic of all margins moves every pair's loss."""
-        return FIRST_STATISTIC_ID <= self.id < FIRST_POLICY_ID
+    def couples_pairs(self) -> bool:
+        """Whether the gradient of one pair depends on the upstream gradients of the others."""
+        return self.kind in ("ranked", "statistic")
 
     @property
     def of_margin(self) -> bool:
         """Whether it is a function of m alone: the slopes of both sides are opposite."""
-        return self.id < FIRST_SORTED_ID and self.divergence and not self.inputs
+        return self.kind == "pair" and self.divergence and not self.inputs
 
     @property
     def batch(self) -> bool:
         """Whether its value for one pair depends on the other pairs of the call."""
-        return self.sorts or self.has_statistic or bool(self.mean_over)
+        return self.couples_pairs or bool(self.mean_over)
 
 
 PARAMETERS = (
@@ -117,13 +118,6 @@ PARAMETERS = (
 # one value of every parameter, what a backend is handed; the last one is derived from ada_rho
 Parameters = namedtuple("Parameters", [*(row.name for row in PARAMETERS), "ada_inverse_root"])
 
-# ids from here on: losses of ranks, losses with a statistic of the batch, functions of the policy's
-# log-probs alone, functions of the third response
-FIRST_SORTED_ID = 32
-FIRST_STATISTIC_ID = 48
-FIRST_POLICY_ID = 64
-FIRST_RESPONSE_ID = 96
-
 # a batch type's kernel holds all pairs of a call in one program
 MAX_BATCH_PAIRS = 256
 
@@ -134,7 +128,6 @@ _ADA = "Hong et al. 2024, arXiv:2406.02764"
 LOSS_TYPES = (
     LossType(
         name="sigmoid",
-        id=0,
         formula="sp(-m)",
         paper="Rafailov et al. 2023, arXiv:2305.18290, Eq. 7",
         parameters=("beta",),
@@ -143,7 +136,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="hinge",
-        id=1,
         formula="max(0, 1 - m)",
         paper="Zhao et al. 2023, arXiv:2305.10425, with the margin of arXiv:2309.06657",
         parameters=("beta",),
@@ -152,7 +144,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="ipo",
-        id=2,
         formula="(c / len_c - r / len_r - 1 / (2 beta))^2",
         paper="Azar et al. 2023, arXiv:2310.12036, Eq. 17, on per-token scores as in TRL",
         parameters=("beta",),
@@ -162,7 +153,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="exo_pair",
-        id=3,
         formula="s(m) (log s(m) - log(1 - eps)) + s(-m) (log s(-m) - log(eps)), "
         "eps = label_smoothing",
         paper="Ji et al. 2024, arXiv:2402.00856, Eq. 16",
@@ -173,7 +163,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="nca_pair",
-        id=4,
         formula="sp(-beta c) + sp(beta c) / 2 + sp(beta r) / 2",
         paper="Chen et al. 2024, arXiv:2402.05369",
         parameters=("beta",),
@@ -181,7 +170,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="robust",
-        id=5,
         formula="((1 - eps) sp(-m) - eps sp(m)) / (1 - 2 eps), eps = label_smoothing",
         paper="Chowdhury et al. 2024, arXiv:2403.00409",
         parameters=("beta", "label_smoothing"),
@@ -190,7 +178,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="bco_pair",
-        id=6,
         formula="sp(-beta c) + sp(beta r)",
         paper="Jung et al. 2024, arXiv:2404.04656, without its running reward shift, as in TRL",
         parameters=("beta",),
@@ -198,7 +185,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="sppo_hard",
-        id=7,
         formula="(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2",
         paper="Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 with win rates 1 and 0",
         parameters=("beta",),
@@ -206,7 +192,7 @@ LOSS_TYPES = (
     ),
     LossType(
         name="aot",
-        id=32,
+        kind="ranked",
         formula="(1 - eps) sp(-beta u) + eps sp(beta u), "
         "u_k = sort(pc - pr)_k - sort(ref_c - ref_r)_k, eps = label_smoothing",
         paper="Melnyk et al. 2024, arXiv:2406.05882, paired; losses[k] is of rank k",
@@ -215,7 +201,7 @@ LOSS_TYPES = (
     ),
     LossType(
         name="aot_unpaired",
-        id=33,
+        kind="ranked",
         formula="(1 - eps) sp(-beta u) + eps sp(beta u), u_k = sort(c)_k - sort(r)_k, "
         "eps = label_smoothing",
         paper="Melnyk et al. 2024, arXiv:2406.05882, unpaired; losses[k] is of rank k",
@@ -224,7 +210,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="apo_zero",
-        id=8,
         formula="s(-beta c) + s(beta r)",
         paper="D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7",
         parameters=("beta",),
@@ -232,7 +217,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="apo_down",
-        id=9,
         formula="s(beta c) + s(-m)",
         paper="D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8",
         parameters=("beta",),
@@ -240,7 +224,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="discopop",
-        id=10,
         formula="(1 - q) sp(-m) + q exp(-m), q = s(m / discopop_tau)",
         paper=f"{_DISCOPOP}, Eq. 5 (there LRML)",
         parameters=("beta", "discopop_tau"),
@@ -249,7 +232,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="sigmoid_norm",
-        id=11,
         formula="sp(-beta (c / len_c - r / len_r))",
         paper="Lambert et al. 2024, arXiv:2411.15124 (length-normalised DPO)",
         parameters=("beta",),
@@ -259,7 +241,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="cpo",
-        id=12,
         formula="(1 - eps) sp(-m) + eps sp(m), eps = label_smoothing",
         paper="Xu et al. 2024, arXiv:2401.08417, without a reference; with one it is "
         "conservative DPO. TRL's `sigmoid` of CPO and TPO",
@@ -269,7 +250,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="cell",
-        id=13,
         formula="exp(-m) / 2 + sp(-m) / 2",
         paper=f"{_DISCOPOP}, discovered sibling",
         parameters=("beta",),
@@ -277,7 +257,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="padll",
-        id=14,
         formula="0.9 sp(-m), halved where m < 0",
         paper=f"{_DISCOPOP}, discovered sibling",
         parameters=("beta",),
@@ -285,14 +264,13 @@ LOSS_TYPES = (
     ),
     LossType(
         name="pfl",
-        id=15,
         formula="sp(-m) / 2 where pc > pr, 2 max(0, 1 - m) elsewhere",
         paper=f"{_DISCOPOP}, discovered sibling",
         parameters=("beta",),
     ),
     LossType(
         name="aql",
-        id=48,
+        kind="statistic",
         formula="q sp(-m) + (1 - q) max(0, 1 - m), q = s(M - u), u = m / 0.05, "
         "M = 0.5 + 0.01 (s(mean(u)) - 0.5)",
         paper=f"{_DISCOPOP}, discovered sibling",
@@ -300,7 +278,7 @@ LOSS_TYPES = (
     ),
     LossType(
         name="aqfl",
-        id=49,
+        kind="statistic",
         formula="q sp(-m) + (1 - q) max(0, 1 - m), q = s(0.1 |u - Q|), u = m / 0.05, "
         "Q = 0.95 std(u) mean(s(-u)) + 0.05 s(mean(u))",
         paper=f"{_DISCOPOP}, discovered sibling; the deviation of a single pair counts 0",
@@ -308,14 +286,13 @@ LOSS_TYPES = (
     ),
     LossType(
         name="dbaql",
-        id=50,
+        kind="statistic",
         formula="q sp(-m / 0.9) + (1 - q) exp(-0.9 m), q = s(var(m / 0.05))",
         paper=f"{_DISCOPOP}, discovered sibling; the variance of a single pair counts 0",
         parameters=("beta",),
     ),
     LossType(
         name="ada_dpo",
-        id=16,
         formula="min over t in [ada_tau_min, ada_tau_max] of t sp(-m / t) + (ada_rho - log 2) t",
         paper=f"{_ADA}, Eq. 6, its argmin in closed form instead of the authors' Newton steps",
         parameters=("beta", "ada_rho", "ada_tau_min", "ada_tau_max"),
@@ -323,7 +300,6 @@ LOSS_TYPES = (
     ),
     LossType(
         name="ada_dpo_quadratic",
-        id=17,
         formula="min over t in [ada_tau_min, ada_tau_max] of t sp(-m / t) + ada_rho t^2 - t log 2",
         paper=f"{_ADA}, Eq. 12, its argmin instead of the authors' Newton steps",
         parameters=("beta", "ada_rho", "ada_tau_min", "ada_tau_max"),
@@ -331,14 +307,13 @@ LOSS_TYPES = (
     ),
     LossType(
         name="dual_clip",
-        id=18,
         formula="sp(max(beta r, -clip_rejected) - min(beta c, clip_chosen))",
         paper="ours; TSO (arXiv:2409.02118) names a dual clip without a formula we could find",
         parameters=("beta", "clip_chosen", "clip_rejected"),
     ),
     LossType(
         name="sft",
-        id=64,
+        kind="policy",
         formula="-pc P / sum(len_c)",
         paper="the chosen tokens' mean negative log-prob over the batch, as in TRL's DPO and CPO",
         inputs=("lengths",),
@@ -348,14 +323,14 @@ LOSS_TYPES = (
     ),
     LossType(
         name="rpo",
-        id=65,
+        kind="policy",
         formula="-pc",
         paper="Liu et al. 2024, arXiv:2405.16436, main text: beside sigmoid with weight eta beta",
         divergence=True,
     ),
     LossType(
         name="rpo_mean",
-        id=66,
+        kind="policy",
         formula="-pc / len_c",
         paper="Liu et al. 2024, arXiv:2405.16436, App. F: beside sigmoid with a weight of its own",
         inputs=("lengths",),
@@ -363,7 +338,7 @@ LOSS_TYPES = (
     ),
     LossType(
         name="simpo",
-        id=67,
+        kind="policy",
         formula="(1 - eps) sp(-z) + eps sp(z), z = beta (pc / len_c - pr / len_r) - simpo_gamma, "
         "eps = label_smoothing",
         paper="Meng et al. 2024, arXiv:2405.14734, Eq. 6; TPO-L of arXiv:2405.16681",
@@ -374,7 +349,7 @@ LOSS_TYPES = (
     ),
     LossType(
         name="alphapo",
-        id=68,
+        kind="policy",
         formula="(1 - eps) sp(-z) + eps sp(z), z = beta (g(pc / len_c) - g(pr / len_r)) - "
         "simpo_gamma, g(t) = (1 - exp(-alphapo_alpha t)) / alphapo_alpha, eps = label_smoothing",
         paper="Gupta et al. 2025, arXiv:2501.03884; exponents above 80 count as 80",
@@ -385,7 +360,7 @@ LOSS_TYPES = (
     ),
     LossType(
         name="orpo",
-        id=69,
+        kind="policy",
         formula="beta sp(o(pr / len_r) - o(pc / len_c)), o(t) = t - log(1 - exp(t))",
         paper="Hong et al. 2024, arXiv:2403.07691, Eq. 7; t above -1e-7 counts as -1e-7",
         parameters=("beta",),
@@ -395,7 +370,7 @@ LOSS_TYPES = (
     ),
     LossType(
         name="rwr",
-        id=70,
+        kind="policy",
         formula="-(w(reward_c) pc + w(reward_r) pr) P / sum(len_c + len_r), "
         "w(t) = min(exp(t / rwr_temperature), rwr_max_weight)",
         paper="Tajwar et al. 2024, arXiv:2404.14367: reward-weighted regression",
@@ -406,7 +381,7 @@ LOSS_TYPES = (
     ),
     LossType(
         name="selm",
-        id=96,
+        kind="response",
         formula="beta x",
         paper="Zhang et al. 2024, arXiv:2405.19332: beside sigmoid with weight alpha",
         parameters=("beta",),
@@ -414,7 +389,7 @@ LOSS_TYPES = (
     ),
     LossType(
         name="nll",
-        id=97,
+        kind="response",
         formula="-px P / sum(len_x)",
         paper="the third response's mean negative log-prob over the batch: ORPO's prompt and "
         "chosen (arXiv:2403.07691), TPO's gold response (arXiv:2405.16681)",
@@ -445,7 +420,6 @@ UnpairedParameters = namedtuple("UnpairedParameters", [row.name for row in UNPAI
 UNPAIRED_LOSS_TYPES = (
     LossType(
         name="kto",
-        id=0,
         formula="s(beta (z - d)) if desirable, else s(beta (d - z)), "
         "z = max(0, mean(kl_logps - ref_kl_logps)), no gradient through z",
         paper="Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 7",
@@ -454,7 +428,6 @@ UNPAIRED_LOSS_TYPES = (
     ),
     LossType(
         name="apo_zero_unpaired",
-        id=1,
         formula="s(-beta d) if desirable, else s(beta d)",
         paper="D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, unpaired",
         parameters=("beta", "desirable_weight", "undesirable_weight"),
@@ -462,7 +435,6 @@ UNPAIRED_LOSS_TYPES = (
     ),
     LossType(
         name="bco",
-        id=2,
         formula="sp(-(beta d - reward_shift)) if desirable, else sp(beta d - reward_shift), no "
         "gradient through reward_shift",
         paper="Jung et al. 2024, arXiv:2404.04656, without its density-ratio weights",
@@ -480,7 +452,6 @@ ListwiseParameters = namedtuple("ListwiseParameters", [row.name for row in LISTW
 LISTWISE_LOSS_TYPES = (
     LossType(
         name="neural_ndcg",
-        id=0,
         formula="-sum_j disc(j) (Q g)_j / IDCG, Q = Sinkhorn of NeuralSort, "
         "P_ji = softmax_i(((K + 1 - 2 j) y_i - sum_l |y_i - y_l|) / ndcg_temperature), "
         "g = 2^psi - 1, disc(j) = 1 / log2(1 + j)",
@@ -490,7 +461,6 @@ LISTWISE_LOSS_TYPES = (
     ),
     LossType(
         name="approx_ndcg",
-        id=1,
         formula="-sum_i g_i / log2(1 + pos_i) / IDCG, "
         "pos_i = 1 + sum_(j != i) s(-ndcg_alpha (y_i - y_j))",
         paper="Qin et al. 2010, as in Zhao et al. 2024, arXiv:2410.04346",
@@ -498,7 +468,6 @@ LISTWISE_LOSS_TYPES = (
     ),
     LossType(
         name="lipo_lambda",
-        id=2,
         formula="sum over pairs psi_i > psi_j of w_ij sp(-(y_i - y_j)), "
         "w_ij = |1 / log2(1 + rank_i) - 1 / log2(1 + rank_j)| |g_i - g_j|, rank by y",
         paper="Liu et al. 2024, arXiv:2402.01878",
@@ -506,21 +475,18 @@ LISTWISE_LOSS_TYPES = (
     ),
     LossType(
         name="list_mle",
-        id=3,
         formula="sum_k log(sum_(l >= k) exp(y_l)) - y_k, in order of falling psi",
         paper="Xia et al. 2008; DPO's Plackett-Luce form, Rafailov et al. 2023, arXiv:2305.18290",
         parameters=("beta",),
     ),
     LossType(
         name="all_pairs",
-        id=4,
         formula="mean over pairs psi_i > psi_j of sp(-(y_i - y_j))",
         paper="Bradley-Terry on every pair, as in Zhao et al. 2024, arXiv:2410.04346",
         parameters=("beta",),
     ),
     LossType(
         name="best_vs_rest",
-        id=5,
         formula="mean over j with psi_j < max psi of sp(-(y_best - y_j))",
         paper="the best response against each other one, as in Zhao et al. 2024, arXiv:2410.04346",
         parameters=("beta",),

@@ -80,7 +80,7 @@ class LossOptions:
     @property
     def couples_pairs(self) -> bool:
         """Whether it does so by more than the number of tokens, which is known beforehand."""
-        return any(loss.sorts or loss.has_statistic for loss in self.losses)
+        return any(loss.couples_pairs for loss in self.losses)
 
     @property
     def of_margin(self) -> bool:

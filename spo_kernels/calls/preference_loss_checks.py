@@ -190,7 +190,7 @@ def _check_missing(sides: dict[str, Side], data: dict[str, Any], options: LossOp
             _check_lengths(sides, ("response",), reason)
         if "rewards" in loss.inputs and data["reward_chosen"] is None:
             fail(_OP, "reward_chosen", f"be given {reason}", None)
-        if loss.sorts and (has_weights or filters):
+        if loss.kind == "ranked" and (has_weights or filters):
             name = "pair_weights" if data["pair_weights"] is not None else "min_reward_margin"
             if two[0].log_sum_sq is not None:
                 name = "chosen_log_sum_sq_probs"

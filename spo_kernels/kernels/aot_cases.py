@@ -34,7 +34,7 @@ from spo_kernels.kernels import (
     unpaired_preference_loss,
     unpaired_preference_loss_bwd,
 )
-from spo_kernels.kernels.pair_tokens import MAX_REGISTERS, SidePointers, blocks
+from spo_kernels.kernels.pair_tokens import MAX_REGISTERS, SidePointers, launch_shape
 from spo_kernels.kernels.tiles import Tile
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -271,14 +271,14 @@ def _preference_cases(arch: str) -> Iterator[Case]:
         mixes += [(row.name, (row,), pairs) for pairs in (16, MAX_BATCH_PAIRS)[: 1 + row.batch]]
     for name, rows, pairs in mixes:
         # the backward of a type that couples no pairs is that of "own"
-        is_coupled = any(row.sorts or row.has_statistic for row in rows)
+        is_coupled = any(row.couples_pairs for row in rows)
         kernels = (fwd, bwd) if is_coupled or len(rows) > 1 or name == "no extras" else (fwd,)
         for has_tokens in (False, True):
             for kernel in kernels:
                 is_batch = kernel is fwd and any(row.batch for row in rows)
-                block_p, block_t, num_warps = blocks(pairs, has_tokens, is_batch)
+                block_p, block_t, num_warps = launch_shape(pairs, has_tokens, is_batch)
                 constexprs = {"BLOCK_P": block_p, "BLOCK_T": block_t}
-                constexprs["LOSSES"] = tuple(row.id for row in rows)
+                constexprs["KINDS"] = tuple(row.kind for row in rows)
                 if kernel is fwd:
                     constexprs |= {"DIVERGENCE": 1, "HAS_RESPONSE": name != "no extras"}
                 if not has_tokens:
@@ -297,6 +297,10 @@ def _preference_cases(arch: str) -> Iterator[Case]:
                     if argument is side:
                         absent = (k for k, kind in enumerate(side) if kind == "constexpr")
                         constexprs |= {(place, k): None for k in absent}
+                if kernel is fwd:
+                    place = kernel.arg_names.index("terms")
+                    terms = (preference_loss.TERM_OF[row.name] for row in rows)
+                    constexprs |= {(place, k): term for k, term in enumerate(terms)}
                 yield Case(
                     kernel=kernel,
                     arch=arch,
@@ -324,14 +328,18 @@ def _list_cases(arch: str) -> Iterator[Case]:
     kernel = listwise_preference_loss._listwise_preference_loss_fwd_kernel
     for row in LISTWISE_LOSS_TYPES:
         for block_k, num_warps in listwise_preference_loss.NUM_WARPS.items():
-            constexprs = {"HAS_REF": True, "HAS_MASK": True, "LOSS": row.id, "BLOCK_K": block_k}
+            constexprs = {"HAS_REF": True, "HAS_MASK": True, "BLOCK_K": block_k}
+            constexprs["LOSS"] = listwise_preference_loss.LOSS_OF[row.name]
             found.append((kernel, f"{row.name} K {block_k}", constexprs, num_warps))
     unpaired = unpaired_preference_loss
     for row in UNPAIRED_LOSS_TYPES:
         for has_offsets in (False, True):
             size = unpaired.TOKENS_BLOCKS if has_offsets else unpaired.SUMS_BLOCKS
-            constexprs = {"HAS_OFFSETS": has_offsets, "REF": 1 + has_offsets, "LOSS": row.id}
-            constexprs |= {"BASELINE": 2 - has_offsets, "BLOCK_M": unpaired.BLOCK_M}
+            constexprs = {"HAS_OFFSETS": has_offsets, "REF": 1 + has_offsets}
+            constexprs |= {"LOSS": unpaired.LOSS_OF[row.name], "BLOCK_M": unpaired.BLOCK_M}
+            # tokens with a baseline that is given, sums with a computed one
+            computed = unpaired.COMPUTED_BASELINE_OF.get(row.name, unpaired.NO_BASELINE)
+            constexprs["BASELINE"] = unpaired.GIVEN if has_offsets else computed
             constexprs |= dict(zip(("BLOCK_S", "BLOCK_T"), size, strict=True))
             kernel = unpaired._unpaired_preference_loss_fwd_kernel
             label = f"{row.name} {'tokens' if has_offsets else 'sums'}"
@@ -387,7 +395,10 @@ def _signature(
         elif name == "parameters":
             signature[name] = Parameters(*("fp32",) * len(Parameters._fields))
         elif name == "weights":
-            signature[name] = ("fp32",) * len(constexprs["LOSSES"])
+            signature[name] = ("fp32",) * len(constexprs["KINDS"])
+        elif name == "terms":
+            # see preference_terms.py: each member is a constexpr of its own
+            signature[name] = ("constexpr",) * len(constexprs["KINDS"])
         elif name == "out_ptr":
             signature[name] = "*fp16"
         elif name.endswith("_ptr"):

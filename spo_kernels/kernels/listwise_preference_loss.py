@@ -5,18 +5,21 @@
     rewards = y                                     counted[b] = whether the list has a loss
 
 Symbols: B lists, K responses, n of them there. One program owns one list; its [K, K] matrices
-never leave it; all arithmetic is fp32. The formulas are in ``loss_table.py``; each has one function
-here, returning (loss, dloss / dy); for a list that does not count the two are finite, and dropped.
+never leave it; all arithmetic is fp32. The formulas are in ``loss_table.py``; each has the function
+of its name here, which the kernel is handed and compiled for. It returns (loss, dloss / dy, whether
+the list counts); for a list that does not count the first two are finite, and dropped.
 
 NeuralNDCG's Sinkhorn matrix after t rounds is diag(r_t) P diag(c_t), so the forward keeps the
 vectors only, c_t = 1 / (P^T r_(t-1)) and r_t = 1 / (P c_t), and the backward replays them exactly.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from spo_kernels.calls.loss_table import LISTWISE_LOSS_TYPES, ListwiseParameters, loss_type_of
+from spo_kernels.calls.loss_table import ListwiseParameters
 from spo_kernels.kernels.device import device_guard
 from spo_kernels.kernels.scalar_math import (
     expm1,
@@ -32,15 +35,20 @@ NUM_WARPS = {16: 1, 32: 4, 64: 16}
 SINKHORN_ITERATIONS = 50
 SCALINGS = 2 * SINKHORN_ITERATIONS + 1
 
-_NEURAL_NDCG = tl.constexpr(loss_type_of("neural_ndcg", LISTWISE_LOSS_TYPES).id)
-_APPROX_NDCG = tl.constexpr(loss_type_of("approx_ndcg", LISTWISE_LOSS_TYPES).id)
-_LIPO_LAMBDA = tl.constexpr(loss_type_of("lipo_lambda", LISTWISE_LOSS_TYPES).id)
-_LIST_MLE = tl.constexpr(loss_type_of("list_mle", LISTWISE_LOSS_TYPES).id)
-_ALL_PAIRS = tl.constexpr(loss_type_of("all_pairs", LISTWISE_LOSS_TYPES).id)
-_BEST_VS_REST = tl.constexpr(loss_type_of("best_vs_rest", LISTWISE_LOSS_TYPES).id)
 _ITERATIONS = tl.constexpr(SINKHORN_ITERATIONS)
 _SCALINGS = tl.constexpr(SCALINGS)
 _LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Responses(NamedTuple):
+    """``[BLOCK_K]`` values of one list's responses, finite everywhere."""
+
+    y: Any
+    psi: Any
+    is_there: Any
+    offs_k: Any
+    n: Any  # responses there
+    scalings_ptr: Any  # [SCALINGS, BLOCK_K] fp32, the list's own scratch, or None
 
 
 @triton.jit
@@ -68,6 +76,16 @@ def _gains(psi, is_there):
 
 
 @triton.jit
+def _gains_and_idcg(responses):
+    """Gains, their best DCG, and whether there is one: where not, the DCG is 1."""
+    gains = _gains(responses.psi, responses.is_there)
+    discount = _discount_by(responses.psi, responses.is_there, responses.offs_k)
+    idcg = tl.sum(gains * discount, axis=0)
+    counts = (idcg > 0.0) & (responses.n > 1)
+    return gains, tl.where(counts, idcg, 1.0), counts
+
+
+@triton.jit
 def _neural_sort(y, is_there, offs_k, mask_j, temperature):
     """P [j, i]: how much response i is the one of rank j."""
     rank = tl.sum(_comes_before(y, is_there, offs_k).to(tl.int32), axis=1)
@@ -85,9 +103,12 @@ def _neural_sort(y, is_there, offs_k, mask_j, temperature):
 
 
 @triton.jit
-def _neural_ndcg(
-    y, gains, idcg, is_there, n, scalings_ptr, offs_k, temperature, BLOCK_K: tl.constexpr
-):
+def neural_ndcg(responses, parameters):
+    y, is_there, offs_k = responses.y, responses.is_there, responses.offs_k
+    n, scalings_ptr = responses.n, responses.scalings_ptr
+    BLOCK_K: tl.constexpr = y.shape[0]
+    temperature = parameters.ndcg_temperature
+    gains, idcg, counts = _gains_and_idcg(responses)
     # rank j is axis 0, response i is axis 1
     mask_j = offs_k < n
     matrix = _neural_sort(y, is_there, offs_k, mask_j, temperature)
@@ -135,11 +156,14 @@ def _neural_ndcg(
     sign = tl.where(is_there[:, None], sign, 0.0)
     slope = (n - 1 - 2 * offs_k).to(tl.float32)[:, None] - tl.sum(sign, axis=0)[None, :]
     through_others = tl.sum(sign * tl.sum(grad_scores, axis=0)[:, None], axis=0)
-    return -ndcg, tl.sum(grad_scores * slope, axis=0) - through_others
+    return -ndcg, tl.sum(grad_scores * slope, axis=0) - through_others, counts
 
 
 @triton.jit
-def _approx_ndcg(y, gains, idcg, is_there, offs_k, alpha):
+def approx_ndcg(responses, parameters):
+    y, is_there, offs_k = responses.y, responses.is_there, responses.offs_k
+    alpha = parameters.ndcg_alpha
+    gains, idcg, counts = _gains_and_idcg(responses)
     above, slope = sigmoid_and_slope(alpha * (y[None, :] - y[:, None]))
     is_other = is_there[None, :] & (offs_k[None, :] != offs_k[:, None])
     position = 1.0 + tl.sum(tl.where(is_other, above, 0.0), axis=1)
@@ -148,11 +172,13 @@ def _approx_ndcg(y, gains, idcg, is_there, offs_k, alpha):
     # dloss / dposition
     grad_position = gains * discount * discount / ((1.0 + position) * _LN_2)
     moved = tl.where(is_other, slope * (grad_position[None, :] - grad_position[:, None]), 0.0)
-    return -tl.sum(gains * discount, axis=0), alpha * tl.sum(moved, axis=1)
+    return -tl.sum(gains * discount, axis=0), alpha * tl.sum(moved, axis=1), counts
 
 
 @triton.jit
-def _list_mle(y, psi, is_there, offs_k):
+def list_mle(responses, parameters):
+    y, psi = responses.y, responses.psi
+    is_there, offs_k = responses.is_there, responses.offs_k
     # [i, j]: j comes after i; what j takes of i's softmax
     is_after = _comes_before(psi, is_there, offs_k) | (offs_k[None, :] == offs_k[:, None])
     is_after = ~is_after & is_there[None, :] & is_there[:, None]
@@ -164,26 +190,71 @@ def _list_mle(y, psi, is_there, offs_k):
     losses = top + log1p(tl.where(top > 0.0, others + own - 1.0, others))
     shares = exps / (others + own)[:, None]
     grad_y = tl.sum(shares, axis=0) - tl.sum(shares, axis=1)
-    return tl.sum(losses, axis=0), grad_y
+    return tl.sum(losses, axis=0), grad_y, responses.n > 1
 
 
 @triton.jit
-def _pair_weights(y, psi, is_there, offs_k, LOSS: tl.constexpr):
-    """[i, j]: weight of sp(-(y_i - y_j)), and how many pairs there are."""
-    is_pair = (psi[:, None] > psi[None, :]) & is_there[:, None] & is_there[None, :]
-    if LOSS == _BEST_VS_REST:
-        before = tl.sum(_comes_before(psi, is_there, offs_k).to(tl.float32), axis=1)
-        is_pair = is_pair & (before == 0.0)[:, None]
-    pairs = tl.sum(tl.sum(is_pair.to(tl.float32), axis=1), axis=0)
-    if LOSS == _LIPO_LAMBDA:
-        discount = _discount_by(y, is_there, offs_k)
-        # the difference of the gains is that of the powers, and the larger power is at least it
-        power = tl.exp2(psi)
-        weights = tl.abs(discount[:, None] - discount[None, :])
-        weights = weights * -power[:, None] * expm1((psi[None, :] - psi[:, None]) * _LN_2)
-    else:
-        weights = tl.zeros_like(is_pair.to(tl.float32)) + 1.0 / tl.maximum(pairs, 1.0)
-    return tl.where(is_pair, weights, 0.0), pairs
+def _ordered_pairs(responses):
+    """[i, j]: whether both are there and i has the larger label."""
+    psi, is_there = responses.psi, responses.is_there
+    return (psi[:, None] > psi[None, :]) & is_there[:, None] & is_there[None, :]
+
+
+@triton.jit
+def _count_of(is_pair):
+    return tl.sum(tl.sum(is_pair.to(tl.float32), axis=1), axis=0)
+
+
+@triton.jit
+def _mean_weights(is_pair):
+    share = 1.0 / tl.maximum(_count_of(is_pair), 1.0)
+    return tl.zeros_like(is_pair.to(tl.float32)) + share
+
+
+@triton.jit
+def _pairwise(y, weights, is_pair):
+    # the sum over pairs [i, j] of weights * sp(-(y_i - y_j))
+    weights = tl.where(is_pair, weights, 0.0)
+    softplus, sigmoid = softplus_and_sigmoid(y[None, :] - y[:, None])
+    loss = tl.sum(tl.sum(weights * softplus, axis=1), axis=0)
+    pulls = weights * sigmoid
+    return loss, tl.sum(pulls, axis=0) - tl.sum(pulls, axis=1), _count_of(is_pair) > 0.0
+
+
+@triton.jit
+def lipo_lambda(responses, parameters):
+    is_pair = _ordered_pairs(responses)
+    psi = responses.psi
+    discount = _discount_by(responses.y, responses.is_there, responses.offs_k)
+    # the difference of the gains is that of the powers, and the larger power is at least it
+    power = tl.exp2(psi)
+    weights = tl.abs(discount[:, None] - discount[None, :])
+    weights = weights * -power[:, None] * expm1((psi[None, :] - psi[:, None]) * _LN_2)
+    return _pairwise(responses.y, weights, is_pair)
+
+
+@triton.jit
+def all_pairs(responses, parameters):
+    is_pair = _ordered_pairs(responses)
+    return _pairwise(responses.y, _mean_weights(is_pair), is_pair)
+
+
+@triton.jit
+def best_vs_rest(responses, parameters):
+    before = _comes_before(responses.psi, responses.is_there, responses.offs_k)
+    is_best = tl.sum(before.to(tl.float32), axis=1) == 0.0
+    is_pair = _ordered_pairs(responses) & is_best[:, None]
+    return _pairwise(responses.y, _mean_weights(is_pair), is_pair)
+
+
+LOSS_OF = {
+    "neural_ndcg": neural_ndcg,
+    "approx_ndcg": approx_ndcg,
+    "list_mle": list_mle,
+    "lipo_lambda": lipo_lambda,
+    "all_pairs": all_pairs,
+    "best_vs_rest": best_vs_rest,
+}
 
 
 @triton.jit
@@ -201,7 +272,7 @@ def _listwise_preference_loss_fwd_kernel(
     parameters,  # ListwiseParameters of fp32
     HAS_REF: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    LOSS: tl.constexpr,  # id from loss_table
+    LOSS: tl.constexpr,  # jit function of the loss type
     BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -227,39 +298,12 @@ def _listwise_preference_loss_fwd_kernel(
     y = tl.where(is_bad, 0.0, reward)
     psi = tl.where(is_bad, 0.0, psi)
 
-    if (LOSS == _NEURAL_NDCG) or (LOSS == _APPROX_NDCG):
-        gains = _gains(psi, is_there)
-        idcg = tl.sum(gains * _discount_by(psi, is_there, offs_k), axis=0)
-        counts = (idcg > 0.0) & (n > 1)
-        idcg = tl.where(counts, idcg, 1.0)
-        if LOSS == _NEURAL_NDCG:
-            loss, grad_y = _neural_ndcg(
-                y,
-                gains,
-                idcg,
-                is_there,
-                n,
-                scalings_ptr + row * (_SCALINGS * BLOCK_K),
-                offs_k,
-                parameters.ndcg_temperature,
-                BLOCK_K,
-            )
-        else:
-            loss, grad_y = _approx_ndcg(y, gains, idcg, is_there, offs_k, parameters.ndcg_alpha)
-    elif LOSS == _LIST_MLE:
-        counts = n > 1
-        loss, grad_y = _list_mle(y, psi, is_there, offs_k)
-    else:
-        tl.static_assert(
-            (LOSS == _LIPO_LAMBDA) or (LOSS == _ALL_PAIRS) or (LOSS == _BEST_VS_REST),
-            "a loss id without a kernel function",
-        )
-        weights, pairs = _pair_weights(y, psi, is_there, offs_k, LOSS)
-        counts = pairs > 0.0
-        softplus, sigmoid = softplus_and_sigmoid(y[None, :] - y[:, None])
-        loss = tl.sum(tl.sum(weights * softplus, axis=1), axis=0)
-        pulls = weights * sigmoid
-        grad_y = tl.sum(pulls, axis=0) - tl.sum(pulls, axis=1)
+    if scalings_ptr is not None:
+        scalings_ptr += row * (_SCALINGS * BLOCK_K)
+    responses = Responses(
+        y=y, psi=psi, is_there=is_there, offs_k=offs_k, n=n, scalings_ptr=scalings_ptr
+    )
+    loss, grad_y, counts = LOSS(responses, parameters)
 
     spoiled = tl.where(bad > 0, float("nan"), 0.0)
     share = tl.where(counts, 1.0, 0.0)
@@ -305,7 +349,7 @@ def listwise_preference_loss_fwd(
             parameters=parameters,
             HAS_REF=ref_logps is not None,
             HAS_MASK=mask is not None,
-            LOSS=loss_type_of(loss_type, LISTWISE_LOSS_TYPES).id,
+            LOSS=LOSS_OF[loss_type],
             BLOCK_K=block_k,
             num_warps=NUM_WARPS[block_k],
             enable_fp_fusion=False,

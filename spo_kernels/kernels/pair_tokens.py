@@ -22,7 +22,7 @@ NUM_WARPS = 4
 # all a thread may have: left alone, ptxas spills a few to raise an occupancy that programs this few
 # and this short have no use for
 MAX_REGISTERS = 255
-# what a batch type's program passes on of each response
+# vectors of each response that a batch type's program writes and reads back
 SCRATCH_ROWS = tl.constexpr(6)
 
 
@@ -78,7 +78,7 @@ def _token_sum(ptr, mask_ptr, start, end, tail, tail_weight, BLOCK_T: tl.constex
     return tl.sum(acc, axis=1)
 
 
-# no early return here: what follows one under a constexpr condition is compiled all the same
+# no early return: code after one under a constexpr condition is compiled all the same
 @triton.jit
 def token_count(mask_ptr, start, end, BLOCK_T: tl.constexpr):
     count = end - start
@@ -98,7 +98,7 @@ def tail_of(mask_ptr, start, end, shared, BLOCK_T: tl.constexpr):
         tail = start + shared
     else:
         running = tl.zeros_like(shared)
-        # where the block starts that holds it, and how many tokens count before
+        # where the BLOCK_T tokens start that hold it, and how many tokens count before
         base, base_count = start, running
         for t in range(0, tl.max(end - start, axis=0), BLOCK_T):
             offs = start[:, None] + t + tl.arange(0, BLOCK_T)[None, :]
@@ -137,7 +137,16 @@ def read_side(
 ):
     """Return (score, policy, reference, policy without tail weights, length, policy - square)."""
     plain = _sum_of(
-        side.tokens, side.sums, side.mask, start, end, None, 1.0, offs_p, mask_p, BLOCK_T
+        tokens=side.tokens,
+        sums=side.sums,
+        mask_ptr=side.mask,
+        start=start,
+        end=end,
+        tail=None,
+        alpha=1.0,
+        offs_p=offs_p,
+        mask_p=mask_p,
+        BLOCK_T=BLOCK_T,
     )
     policy = plain
     if tail is not None:
@@ -145,31 +154,31 @@ def read_side(
     ref = tl.zeros_like(plain)
     if side.ref_tokens is not None or side.ref_sums is not None:
         ref = _sum_of(
-            side.ref_tokens,
-            side.ref_sums,
-            side.mask,
-            start,
-            end,
-            tail,
-            ld_alpha,
-            offs_p,
-            mask_p,
-            BLOCK_T,
+            tokens=side.ref_tokens,
+            sums=side.ref_sums,
+            mask_ptr=side.mask,
+            start=start,
+            end=end,
+            tail=tail,
+            alpha=ld_alpha,
+            offs_p=offs_p,
+            mask_p=mask_p,
+            BLOCK_T=BLOCK_T,
         )
     score = (policy - ref).to(tl.float32)
     aligned = plain
     if side.square_tokens is not None or side.square_sums is not None:
         aligned = plain - _sum_of(
-            side.square_tokens,
-            side.square_sums,
-            side.mask,
-            start,
-            end,
-            None,
-            1.0,
-            offs_p,
-            mask_p,
-            BLOCK_T,
+            tokens=side.square_tokens,
+            sums=side.square_sums,
+            mask_ptr=side.mask,
+            start=start,
+            end=end,
+            tail=None,
+            alpha=1.0,
+            offs_p=offs_p,
+            mask_p=mask_p,
+            BLOCK_T=BLOCK_T,
         )
     policy, ref = policy.to(tl.float32), ref.to(tl.float32)
     plain, aligned = plain.to(tl.float32), aligned.to(tl.float32)
@@ -237,7 +246,7 @@ def write_side(side, out_ptr, score, plain, tails_ptr, ld_alpha, P, offs_p, mask
             _write_tokens(out_ptr, None, end, stop, zero, None, zero, BLOCK_T)
 
 
-def blocks(P: int, has_tokens: bool, is_batch: bool) -> tuple[int, int, int]:
+def launch_shape(P: int, has_tokens: bool, is_batch: bool) -> tuple[int, int, int]:
     """Return (BLOCK_P, BLOCK_T, num_warps) of a launch."""
     if is_batch:
         block_p = max(16, triton.next_power_of_2(P))

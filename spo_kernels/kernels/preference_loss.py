@@ -7,43 +7,37 @@
     rewards  = beta * c, beta * r
 
 Symbols: P pairs. One program owns BLOCK_P pairs and walks their tokens BLOCK_T at a time; a mix
-with a batch type runs as one program that owns all pairs. All arithmetic is fp32. The types are in
-``preference_terms.py``.
+with a batch type runs as one program that owns all pairs. All arithmetic is fp32. The loss types
+are functions in ``preference_terms.py``, and the kernel is compiled for those it is handed.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from spo_kernels.calls.loss_table import LOSS_TYPES
 from spo_kernels.calls.preference_loss import GRAD_ROWS, LossOptions, PairData, Scored, Side
+from spo_kernels.kernels import preference_terms
 from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.pair_tokens import (
     MAX_REGISTERS,
     SCRATCH_ROWS,
-    blocks,
     bounds,
     contiguous,
+    launch_shape,
     pointers_of,
     read_side,
     tail_of,
     token_count,
 )
 from spo_kernels.kernels.preference_loss_bwd import preference_loss_bwd
-from spo_kernels.kernels.preference_terms import (
-    LARGEST_EXPONENT,
-    POLICY,
-    RESPONSE,
-    SORTED,
-    STATISTIC,
-    Pair,
-    of_pair,
-    of_response,
-    of_statistic,
-    ranked,
-)
+from spo_kernels.kernels.preference_terms import LARGEST_EXPONENT, Pair
 from spo_kernels.kernels.scalar_math import expm1, softplus_and_sigmoid
 
 __all__ = ["preference_loss_bwd", "preference_loss_fwd"]
+
+# a row without its function fails here, at import
+TERM_OF = {row.name: getattr(preference_terms, row.name) for row in LOSS_TYPES}
 
 _DIVERGENCE_ID = {"reverse_kl": 0, "forward_kl": 1, "js_divergence": 2, "alpha_divergence": 1}
 _JS = tl.constexpr(_DIVERGENCE_ID["js_divergence"])
@@ -95,7 +89,8 @@ def _preference_loss_fwd_kernel(
     divergence_power,
     parameters,  # Parameters of fp32
     weights,  # one fp32 a loss type
-    LOSSES: tl.constexpr,  # tuple of ids from loss_table
+    terms,  # one jit function a loss type: constexprs, see preference_terms.py
+    KINDS: tl.constexpr,  # one LossType.kind a loss type
     DIVERGENCE: tl.constexpr,
     HAS_RESPONSE: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -125,16 +120,43 @@ def _preference_loss_fwd_kernel(
         scratch_r_ptr = scratch_ptr + SCRATCH_ROWS * P
         scratch_x_ptr = scratch_ptr + 2 * SCRATCH_ROWS * P
     score_c, policy_c, ref_c, pc, count_c, aligned_c = read_side(
-        chosen, start_c, end_c, tail_c, ld_alpha, scratch_ptr, P, offs_p, mask_p, BLOCK_T
+        side=chosen,
+        start=start_c,
+        end=end_c,
+        tail=tail_c,
+        ld_alpha=ld_alpha,
+        scratch_ptr=scratch_ptr,
+        P=P,
+        offs_p=offs_p,
+        mask_p=mask_p,
+        BLOCK_T=BLOCK_T,
     )
     score_r, policy_r, ref_r, pr, count_r, aligned_r = read_side(
-        rejected, start_r, end_r, tail_r, ld_alpha, scratch_r_ptr, P, offs_p, mask_p, BLOCK_T
+        side=rejected,
+        start=start_r,
+        end=end_r,
+        tail=tail_r,
+        ld_alpha=ld_alpha,
+        scratch_ptr=scratch_r_ptr,
+        P=P,
+        offs_p=offs_p,
+        mask_p=mask_p,
+        BLOCK_T=BLOCK_T,
     )
     x, px, count_x = pc, pc, count_c
     if HAS_RESPONSE:
         start_x, end_x = bounds(response, offs_p, mask_p)
         x, _, _, px, count_x, _ = read_side(
-            response, start_x, end_x, None, 1.0, scratch_x_ptr, P, offs_p, mask_p, BLOCK_T
+            side=response,
+            start=start_x,
+            end=end_x,
+            tail=None,
+            ld_alpha=1.0,
+            scratch_ptr=scratch_x_ptr,
+            P=P,
+            offs_p=offs_p,
+            mask_p=mask_p,
+            BLOCK_T=BLOCK_T,
         )
     c, slope_c = _divergence(score_c, divergence_power, DIVERGENCE)
     r, slope_r = _divergence(score_r, divergence_power, DIVERGENCE)
@@ -174,24 +196,29 @@ def _preference_loss_fwd_kernel(
     loss = tl.zeros([BLOCK_P], tl.float32)
     # through the scores, through the plain log-probs, through the response
     grad_c, grad_r, plain_c, plain_r, grad_x = loss, loss, loss, loss, loss
-    for i in tl.static_range(len(LOSSES)):
+    for i in tl.static_range(len(KINDS)):
         scale = weights[i] * weight
-        if LOSSES[i] >= RESPONSE:
-            own, own_x = of_response(pair, parameters, LOSSES[i])
-            grad_x += scale * own_x
-        elif LOSSES[i] >= POLICY:
-            own, own_c, own_r = of_pair(pair, parameters, LOSSES[i])
+        if KINDS[i] == "pair":
+            own, own_c, own_r = terms[i](pair, parameters)
+            grad_c += scale * own_c
+            grad_r += scale * own_r
+        elif KINDS[i] == "policy":
+            own, own_c, own_r = terms[i](pair, parameters)
             plain_c += scale * own_c
             plain_r += scale * own_r
-        elif LOSSES[i] >= STATISTIC:
-            own, own_c, own_r, loss_slope, slope = of_statistic(pair, parameters, LOSSES[i])
+        elif KINDS[i] == "response":
+            own, own_x = terms[i](pair, parameters)
+            grad_x += scale * own_x
+        elif KINDS[i] == "statistic":
+            own, own_c, own_r, loss_slope, slope = terms[i](pair, parameters)
             grad_c += scale * own_c
             grad_r += scale * own_r
             row_ptr = stats_ptr + 2 * i * P
             tl.store(row_ptr + offs_p, scale * loss_slope, mask=mask_p)
             tl.store(row_ptr + P + offs_p, parameters.beta * slope, mask=mask_p)
-        elif LOSSES[i] >= SORTED:
-            own, slope, order_c, order_r = ranked(pair, parameters, LOSSES[i])
+        else:
+            tl.static_assert(KINDS[i] == "ranked", "a kind the kernel does not know")
+            own, slope, order_c, order_r = terms[i](pair, parameters)
             # lane k holds rank k: its slope belongs to the pairs that have this rank
             rank = offs_p.to(tl.int32)
             row_ptr = ranks_ptr + 2 * i * P
@@ -200,10 +227,6 @@ def _preference_loss_fwd_kernel(
             row_ptr = rank_grads_ptr + 2 * i * P
             tl.store(row_ptr + order_c, scale * slope, mask=mask_p)
             tl.store(row_ptr + P + order_r, -(scale * slope), mask=mask_p)
-        else:
-            own, own_c, own_r = of_pair(pair, parameters, LOSSES[i])
-            grad_c += scale * own_c
-            grad_r += scale * own_r
         loss += scale * own
 
     # a pair that counts nothing has no part in the loss, whatever its own is
@@ -230,8 +253,8 @@ def preference_loss_fwd(
         return torch.empty(*shape, P, dtype=dtype, device=device)
 
     L = len(call.losses)
-    sorts = any(loss.sorts for loss in call.losses)
-    has_statistic = any(loss.has_statistic for loss in call.losses)
+    sorts = any(loss.kind == "ranked" for loss in call.losses)
+    has_statistic = any(loss.kind == "statistic" for loss in call.losses)
     scored = Scored(
         losses=empty(),
         rewards=empty(2),
@@ -246,7 +269,7 @@ def preference_loss_fwd(
         return scored
     sides = (chosen, rejected, response)
     has_tokens = any(side is not None and side.form.has_tokens for side in sides)
-    block_p, block_t, num_warps = blocks(P, has_tokens, call.is_batch)
+    block_p, block_t, num_warps = launch_shape(P, has_tokens, call.is_batch)
     pointers = [None if side is None else pointers_of(side) for side in sides]
     with device_guard(chosen.logps):
         _preference_loss_fwd_kernel[(cdiv(P, block_p),)](
@@ -270,7 +293,8 @@ def preference_loss_fwd(
             divergence_power=-1.0 if call.divergence == "forward_kl" else call.divergence_power,
             parameters=call.parameters,
             weights=call.weights,
-            LOSSES=tuple(loss.id for loss in call.losses),
+            terms=tuple(TERM_OF[loss.name] for loss in call.losses),
+            KINDS=tuple(loss.kind for loss in call.losses),
             DIVERGENCE=_DIVERGENCE_ID[call.divergence],
             HAS_RESPONSE=response is not None,
             BLOCK_P=block_p,

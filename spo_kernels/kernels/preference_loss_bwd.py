@@ -14,8 +14,7 @@ import triton.language as tl
 
 from spo_kernels.calls.preference_loss import Form, LossOptions, Scored
 from spo_kernels.kernels.device import cdiv, device_guard
-from spo_kernels.kernels.pair_tokens import blocks, form_pointers_of, write_side
-from spo_kernels.kernels.preference_terms import POLICY, SORTED, STATISTIC
+from spo_kernels.kernels.pair_tokens import form_pointers_of, launch_shape, write_side
 
 
 @triton.jit
@@ -27,7 +26,7 @@ def _dot(grad_losses_ptr, stride_grad_losses_p, stat_ptr, P, BLOCK: tl.constexpr
         mask_q = offs_q < P
         g = tl.load(grad_losses_ptr + offs_q * stride_grad_losses_p, mask=mask_q, other=0.0)
         slope = tl.load(stat_ptr + offs_q, mask=mask_q, other=0.0)
-        # an infinite slope that meets no gradient, or moves nothing, is none
+        # inf * 0 is NaN: the product is 0 where either factor is 0
         acc += tl.where(g == 0.0, 0.0, g.to(tl.float32) * slope)
     return tl.sum(acc, axis=0)
 
@@ -49,7 +48,7 @@ def _preference_loss_bwd_kernel(
     P,
     stride_grad_losses_p,
     ld_alpha,
-    LOSSES: tl.constexpr,
+    KINDS: tl.constexpr,  # one LossType.kind a loss type
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -67,14 +66,23 @@ def _preference_loss_bwd_kernel(
             score = upstream * tl.load(grads_ptr + 4 * P + offs_p, mask=mask_p, other=0.0)
             zero = tl.zeros_like(score)
             write_side(
-                response, grad_response_ptr, score, zero, None, 1.0, P, offs_p, mask_p, BLOCK_T
+                side=response,
+                out_ptr=grad_response_ptr,
+                score=score,
+                plain=zero,
+                tails_ptr=None,
+                ld_alpha=1.0,
+                P=P,
+                offs_p=offs_p,
+                mask_p=mask_p,
+                BLOCK_T=BLOCK_T,
             )
     else:
         row = which * P
         score = upstream * tl.load(grads_ptr + row + offs_p, mask=mask_p, other=0.0)
         plain = upstream * tl.load(grads_ptr + 2 * P + row + offs_p, mask=mask_p, other=0.0)
-        for i in tl.static_range(len(LOSSES)):
-            if LOSSES[i] >= SORTED and LOSSES[i] < STATISTIC:
+        for i in tl.static_range(len(KINDS)):
+            if KINDS[i] == "ranked":
                 at = 2 * i * P + row + offs_p
                 rank = tl.load(ranks_ptr + at, mask=mask_p, other=0).to(tl.int64)
                 of_rank = tl.load(
@@ -82,7 +90,7 @@ def _preference_loss_bwd_kernel(
                 )
                 rank_grad = tl.load(rank_grads_ptr + at, mask=mask_p, other=0.0)
                 score += of_rank.to(tl.float32) * rank_grad
-            elif LOSSES[i] >= STATISTIC and LOSSES[i] < POLICY:
+            elif KINDS[i] == "statistic":
                 stat_ptr = stats_ptr + 2 * i * P
                 shared = _dot(grad_losses_ptr, stride_grad_losses_p, stat_ptr, P, BLOCK_T)
                 slope = tl.load(stat_ptr + P + offs_p, mask=mask_p, other=0.0)
@@ -91,16 +99,16 @@ def _preference_loss_bwd_kernel(
         if which == 0:
             if grad_chosen_ptr is not None:
                 write_side(
-                    chosen,
-                    grad_chosen_ptr,
-                    score,
-                    plain,
-                    tails_ptr,
-                    ld_alpha,
-                    P,
-                    offs_p,
-                    mask_p,
-                    BLOCK_T,
+                    side=chosen,
+                    out_ptr=grad_chosen_ptr,
+                    score=score,
+                    plain=plain,
+                    tails_ptr=tails_ptr,
+                    ld_alpha=ld_alpha,
+                    P=P,
+                    offs_p=offs_p,
+                    mask_p=mask_p,
+                    BLOCK_T=BLOCK_T,
                 )
         else:
             if grad_rejected_ptr is not None:
@@ -108,16 +116,16 @@ def _preference_loss_bwd_kernel(
                 if tails_ptr is not None:
                     tails_r_ptr = tails_ptr + P
                 write_side(
-                    rejected,
-                    grad_rejected_ptr,
-                    score,
-                    plain,
-                    tails_r_ptr,
-                    ld_alpha,
-                    P,
-                    offs_p,
-                    mask_p,
-                    BLOCK_T,
+                    side=rejected,
+                    out_ptr=grad_rejected_ptr,
+                    score=score,
+                    plain=plain,
+                    tails_ptr=tails_r_ptr,
+                    ld_alpha=ld_alpha,
+                    P=P,
+                    offs_p=offs_p,
+                    mask_p=mask_p,
+                    BLOCK_T=BLOCK_T,
                 )
 
 
@@ -138,7 +146,7 @@ def preference_loss_bwd(
         # tokens without a pair
         return tuple(grad if grad is None else grad.zero_() for grad in grads)
     has_tokens = any(form is not None and form.has_tokens for form in forms)
-    block_p, block_t, num_warps = blocks(P, has_tokens, False)
+    block_p, block_t, num_warps = launch_shape(P, has_tokens, False)
     pointers = [None if form is None else form_pointers_of(form) for form in forms]
     with device_guard(grad_losses):
         _preference_loss_bwd_kernel[(cdiv(P, block_p), 2 + needs[2])](
@@ -157,7 +165,7 @@ def preference_loss_bwd(
             P=P,
             stride_grad_losses_p=grad_losses.stride(0),
             ld_alpha=1.0 if call.ld_alpha is None else call.ld_alpha,
-            LOSSES=tuple(loss.id for loss in call.losses),
+            KINDS=tuple(loss.kind for loss in call.losses),
             BLOCK_P=block_p,
             BLOCK_T=block_t,
             num_warps=num_warps,

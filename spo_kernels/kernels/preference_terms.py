@@ -1,8 +1,17 @@
 """The loss types of ``preference_loss`` as triton functions of ``[BLOCK_P]`` values.
 
-A function of the scores or of the policy's log-probs returns (loss, slope of chosen, slope of
-rejected), one of the third response (loss, slope). A batch type also returns what couples the
-pairs. Formulas and symbols are in ``loss_table.py``; all arithmetic is fp32.
+Each type is the function of its row's name in ``loss_table.py``, which has the formulas and the
+symbols; all arithmetic is fp32. By the row's ``kind`` a function returns
+    pair, policy   (loss, slope of chosen, slope of rejected)
+    statistic      (loss, slope of chosen, slope of rejected, dloss / dstatistic, dstatistic / dm)
+    ranked         (loss of each rank, its slope, lane of chosen at each rank, lane of rejected)
+    response       (loss, slope of the third response)
+
+The kernel is handed a plain tuple of these functions, as it is handed any tuple of arguments.
+Triton 3.6 and 3.9 (tried in November 2026, interpreted and compiled) take each member for a
+constexpr of its own and put its source into the key of the compiled kernel. Annotated as
+``tl.constexpr`` the tuple would compile too, but count with its repr in the key of the cache on
+disk: an edited function would be served the kernel of its former body.
 """
 
 from typing import Any, NamedTuple
@@ -10,13 +19,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from spo_kernels.calls.loss_table import (
-    FIRST_POLICY_ID,
-    FIRST_RESPONSE_ID,
-    FIRST_SORTED_ID,
-    FIRST_STATISTIC_ID,
-    loss_type_of,
-)
 from spo_kernels.kernels.scalar_math import (
     expm1,
     log1p,
@@ -33,49 +35,8 @@ _QUANTILE_TAU = tl.constexpr(0.05)
 _BISECTIONS = tl.constexpr(40)
 
 
-# which ids belong together, see the table
-SORTED = tl.constexpr(FIRST_SORTED_ID)
-STATISTIC = tl.constexpr(FIRST_STATISTIC_ID)
-POLICY = tl.constexpr(FIRST_POLICY_ID)
-RESPONSE = tl.constexpr(FIRST_RESPONSE_ID)
-
-_SIGMOID = tl.constexpr(loss_type_of("sigmoid").id)
-_HINGE = tl.constexpr(loss_type_of("hinge").id)
-_IPO = tl.constexpr(loss_type_of("ipo").id)
-_EXO_PAIR = tl.constexpr(loss_type_of("exo_pair").id)
-_NCA_PAIR = tl.constexpr(loss_type_of("nca_pair").id)
-_ROBUST = tl.constexpr(loss_type_of("robust").id)
-_BCO_PAIR = tl.constexpr(loss_type_of("bco_pair").id)
-_SPPO_HARD = tl.constexpr(loss_type_of("sppo_hard").id)
-_AOT = tl.constexpr(loss_type_of("aot").id)
-_AOT_UNPAIRED = tl.constexpr(loss_type_of("aot_unpaired").id)
-_APO_ZERO = tl.constexpr(loss_type_of("apo_zero").id)
-_APO_DOWN = tl.constexpr(loss_type_of("apo_down").id)
-_DISCOPOP = tl.constexpr(loss_type_of("discopop").id)
-_SIGMOID_NORM = tl.constexpr(loss_type_of("sigmoid_norm").id)
-_CPO = tl.constexpr(loss_type_of("cpo").id)
-_CELL = tl.constexpr(loss_type_of("cell").id)
-_PADLL = tl.constexpr(loss_type_of("padll").id)
-_PFL = tl.constexpr(loss_type_of("pfl").id)
-_AQL = tl.constexpr(loss_type_of("aql").id)
-_AQFL = tl.constexpr(loss_type_of("aqfl").id)
-_DBAQL = tl.constexpr(loss_type_of("dbaql").id)
-_ADA_DPO = tl.constexpr(loss_type_of("ada_dpo").id)
-_ADA_DPO_QUADRATIC = tl.constexpr(loss_type_of("ada_dpo_quadratic").id)
-_DUAL_CLIP = tl.constexpr(loss_type_of("dual_clip").id)
-_SFT = tl.constexpr(loss_type_of("sft").id)
-_RPO = tl.constexpr(loss_type_of("rpo").id)
-_RPO_MEAN = tl.constexpr(loss_type_of("rpo_mean").id)
-_SIMPO = tl.constexpr(loss_type_of("simpo").id)
-_ALPHAPO = tl.constexpr(loss_type_of("alphapo").id)
-_ORPO = tl.constexpr(loss_type_of("orpo").id)
-_RWR = tl.constexpr(loss_type_of("rwr").id)
-_SELM = tl.constexpr(loss_type_of("selm").id)
-_NLL = tl.constexpr(loss_type_of("nll").id)
-
-
 class Pair(NamedTuple):
-    """``[BLOCK_P]`` fp32 values of the pairs; what no type of the mix reads is anything."""
+    """``[BLOCK_P]`` fp32 values of the pairs; fields no selected loss reads are undefined."""
 
     c: Any
     r: Any
@@ -125,25 +86,25 @@ def _hinge_of(m):
 
 
 @triton.jit
-def _sigmoid(pair, parameters):
+def sigmoid(pair, parameters):
     loss, lost = softplus_and_sigmoid(-_margin(pair, parameters))
     return _of_margin(loss, -lost, parameters.beta)
 
 
 @triton.jit
-def _hinge(pair, parameters):
+def hinge(pair, parameters):
     loss, slope = _hinge_of(_margin(pair, parameters))
     return _of_margin(loss, slope, parameters.beta)
 
 
 @triton.jit
-def _ipo(pair, parameters):
+def ipo(pair, parameters):
     error = pair.c / pair.len_c - pair.r / pair.len_r - 0.5 / parameters.beta
     return error * error, 2.0 * error / pair.len_c, -2.0 * error / pair.len_r
 
 
 @triton.jit
-def _exo_pair(pair, parameters):
+def exo_pair(pair, parameters):
     m, eps = _margin(pair, parameters), parameters.label_smoothing
     log_kept, log_flipped = log1p(-eps), tl.log(eps)
     down, q = softplus_and_sigmoid(-m)
@@ -153,7 +114,7 @@ def _exo_pair(pair, parameters):
 
 
 @triton.jit
-def _nca_pair(pair, parameters):
+def nca_pair(pair, parameters):
     beta = parameters.beta
     down_u, lost_u = softplus_and_sigmoid(-(beta * pair.c))
     up_u, kept_u = softplus_and_sigmoid(beta * pair.c)
@@ -163,7 +124,7 @@ def _nca_pair(pair, parameters):
 
 
 @triton.jit
-def _robust(pair, parameters):
+def robust(pair, parameters):
     eps = parameters.label_smoothing
     loss, slope = _smoothed(_margin(pair, parameters), eps, -eps)
     scale = 1.0 / (1.0 - 2.0 * eps)
@@ -171,7 +132,7 @@ def _robust(pair, parameters):
 
 
 @triton.jit
-def _bco_pair(pair, parameters):
+def bco_pair(pair, parameters):
     beta = parameters.beta
     down_u, lost_u = softplus_and_sigmoid(-(beta * pair.c))
     up_v, kept_v = softplus_and_sigmoid(beta * pair.r)
@@ -179,14 +140,14 @@ def _bco_pair(pair, parameters):
 
 
 @triton.jit
-def _sppo_hard(pair, parameters):
+def sppo_hard(pair, parameters):
     half = 0.5 / parameters.beta
     error_c, error_r = pair.c - half, pair.r + half
     return error_c * error_c + error_r * error_r, 2.0 * error_c, 2.0 * error_r
 
 
 @triton.jit
-def _apo_zero(pair, parameters):
+def apo_zero(pair, parameters):
     beta = parameters.beta
     lost_u, slope_u = sigmoid_and_slope(-(beta * pair.c))
     kept_v, slope_v = sigmoid_and_slope(beta * pair.r)
@@ -194,7 +155,7 @@ def _apo_zero(pair, parameters):
 
 
 @triton.jit
-def _apo_down(pair, parameters):
+def apo_down(pair, parameters):
     beta, m = parameters.beta, _margin(pair, parameters)
     u = beta * pair.c
     kept_u, slope_u = sigmoid_and_slope(u)
@@ -207,7 +168,7 @@ def _apo_down(pair, parameters):
 
 
 @triton.jit
-def _discopop(pair, parameters):
+def discopop(pair, parameters):
     m, tau = _margin(pair, parameters), parameters.discopop_tau
     logistic, lost = softplus_and_sigmoid(-m)
     down, rest = softplus_and_sigmoid(-m / tau)
@@ -219,7 +180,7 @@ def _discopop(pair, parameters):
 
 
 @triton.jit
-def _sigmoid_norm(pair, parameters):
+def sigmoid_norm(pair, parameters):
     m = parameters.beta * (pair.c / pair.len_c - pair.r / pair.len_r)
     loss, lost = softplus_and_sigmoid(-m)
     slope = -(parameters.beta * lost)
@@ -227,14 +188,14 @@ def _sigmoid_norm(pair, parameters):
 
 
 @triton.jit
-def _cpo(pair, parameters):
+def cpo(pair, parameters):
     eps = parameters.label_smoothing
     loss, slope = _smoothed(_margin(pair, parameters), eps, eps)
     return _of_margin(loss, slope, parameters.beta)
 
 
 @triton.jit
-def _cell(pair, parameters):
+def cell(pair, parameters):
     m = _margin(pair, parameters)
     logistic, lost = softplus_and_sigmoid(-m)
     exponential = 0.5 * tl.exp(-m)
@@ -242,7 +203,7 @@ def _cell(pair, parameters):
 
 
 @triton.jit
-def _padll(pair, parameters):
+def padll(pair, parameters):
     m = _margin(pair, parameters)
     logistic, lost = softplus_and_sigmoid(-m)
     decay = tl.where(m < 0.0, 0.45, 0.9)
@@ -250,7 +211,7 @@ def _padll(pair, parameters):
 
 
 @triton.jit
-def _pfl(pair, parameters):
+def pfl(pair, parameters):
     m = _margin(pair, parameters)
     logistic, lost = softplus_and_sigmoid(-m)
     slack, slack_slope = _hinge_of(m)
@@ -260,7 +221,7 @@ def _pfl(pair, parameters):
 
 
 @triton.jit
-def _ada_dpo(pair, parameters):
+def ada_dpo(pair, parameters):
     m = _margin(pair, parameters)
     tau = tl.abs(m) * parameters.ada_inverse_root
     tau = tl.minimum(tl.maximum(tau, parameters.ada_tau_min), parameters.ada_tau_max)
@@ -270,7 +231,7 @@ def _ada_dpo(pair, parameters):
 
 
 @triton.jit
-def _ada_dpo_quadratic(pair, parameters):
+def ada_dpo_quadratic(pair, parameters):
     m, rho = _margin(pair, parameters), parameters.ada_rho
     # from here on the price outweighs what any temperature gains
     largest = tl.minimum(parameters.ada_tau_max, _LOG_2 / (2.0 * rho))
@@ -291,7 +252,7 @@ def _ada_dpo_quadratic(pair, parameters):
 
 
 @triton.jit
-def _dual_clip(pair, parameters):
+def dual_clip(pair, parameters):
     beta = parameters.beta
     u, v = beta * pair.c, beta * pair.r
     is_cut_c, is_cut_r = u > parameters.clip_chosen, v < -parameters.clip_rejected
@@ -303,19 +264,19 @@ def _dual_clip(pair, parameters):
 
 
 @triton.jit
-def _sft(pair, parameters):
+def sft(pair, parameters):
     slope = tl.zeros_like(pair.pc) - pair.share_c
     return slope * pair.pc, slope, tl.zeros_like(slope)
 
 
 @triton.jit
-def _rpo(pair, parameters):
+def rpo(pair, parameters):
     zero = tl.zeros_like(pair.pc)
     return -pair.pc, zero - 1.0, zero
 
 
 @triton.jit
-def _rpo_mean(pair, parameters):
+def rpo_mean(pair, parameters):
     slope = -1.0 / pair.len_c
     return slope * pair.pc, slope, tl.zeros_like(slope)
 
@@ -330,7 +291,7 @@ def _normalized(pair, parameters, reward_c, slope_c, reward_r, slope_r):
 
 
 @triton.jit
-def _simpo(pair, parameters):
+def simpo(pair, parameters):
     mean_c, mean_r = pair.pc / pair.len_c, pair.pr / pair.len_r
     return _normalized(pair, parameters, mean_c, 1.0, mean_r, 1.0)
 
@@ -347,7 +308,7 @@ def _bent(logp, alpha):
 
 
 @triton.jit
-def _alphapo(pair, parameters):
+def alphapo(pair, parameters):
     reward_c, slope_c = _bent(pair.pc / pair.len_c, parameters.alphapo_alpha)
     reward_r, slope_r = _bent(pair.pr / pair.len_r, parameters.alphapo_alpha)
     return _normalized(pair, parameters, reward_c, slope_c, reward_r, slope_r)
@@ -363,7 +324,7 @@ def _log_odds(logp):
 
 
 @triton.jit
-def _orpo(pair, parameters):
+def orpo(pair, parameters):
     odds_c, slope_c = _log_odds(pair.pc / pair.len_c)
     odds_r, slope_r = _log_odds(pair.pr / pair.len_r)
     loss, lost = softplus_and_sigmoid(odds_r - odds_c)
@@ -380,19 +341,19 @@ def _reward_weight(reward, parameters):
 
 
 @triton.jit
-def _rwr(pair, parameters):
+def rwr(pair, parameters):
     slope_c = -(pair.share_cr * _reward_weight(pair.reward_c, parameters))
     slope_r = -(pair.share_cr * _reward_weight(pair.reward_r, parameters))
     return slope_c * pair.pc + slope_r * pair.pr, slope_c, slope_r
 
 
 @triton.jit
-def _selm(pair, parameters):
+def selm(pair, parameters):
     return parameters.beta * pair.x, tl.zeros_like(pair.x) + parameters.beta
 
 
 @triton.jit
-def _nll(pair, parameters):
+def nll(pair, parameters):
     slope = tl.zeros_like(pair.px) - pair.share_x
     return slope * pair.px, slope
 
@@ -414,20 +375,28 @@ def sorted_with_order(x, mask):
 
 
 @triton.jit
-def ranked(pair, parameters, LOSS: tl.constexpr):
-    """Return (loss of each rank, its slope, lane of chosen at each rank, of rejected)."""
-    if LOSS == _AOT:
-        # only the policy's ranks get a gradient
-        first, order_c = sorted_with_order(pair.ratio, pair.mask)
-        second, _ = sorted_with_order(pair.ref_ratio, pair.mask)
-        order_r = order_c
-    else:
-        tl.static_assert(LOSS == _AOT_UNPAIRED, "a loss id without a kernel function")
-        first, order_c = sorted_with_order(pair.c, pair.mask)
-        second, order_r = sorted_with_order(pair.r, pair.mask)
+def _of_ranks(first, second, parameters):
+    # loss of each rank and its slope
     eps = parameters.label_smoothing
     loss, slope = _smoothed(parameters.beta * (first - second), eps, eps)
-    return loss, parameters.beta * slope, order_c, order_r
+    return loss, parameters.beta * slope
+
+
+@triton.jit
+def aot(pair, parameters):
+    # only the policy's ranks get a gradient
+    first, order = sorted_with_order(pair.ratio, pair.mask)
+    second, _ = sorted_with_order(pair.ref_ratio, pair.mask)
+    loss, slope = _of_ranks(first, second, parameters)
+    return loss, slope, order, order
+
+
+@triton.jit
+def aot_unpaired(pair, parameters):
+    first, order_c = sorted_with_order(pair.c, pair.mask)
+    second, order_r = sorted_with_order(pair.r, pair.mask)
+    loss, slope = _of_ranks(first, second, parameters)
+    return loss, slope, order_c, order_r
 
 
 @triton.jit
@@ -455,7 +424,7 @@ def _blended(m, q, blend_slope, parameters):
 
 
 @triton.jit
-def _aql(pair, parameters):
+def aql(pair, parameters):
     m = _margin(pair, parameters)
     u = m / _QUANTILE_TAU
     _, mean = softplus_and_sigmoid(_sum_of(u, pair.mask) / pair.P)
@@ -466,7 +435,7 @@ def _aql(pair, parameters):
 
 
 @triton.jit
-def _aqfl(pair, parameters):
+def aqfl(pair, parameters):
     m = _margin(pair, parameters)
     u = m / _QUANTILE_TAU
     centered, variance, ways = _deviations(u, pair)
@@ -486,7 +455,7 @@ def _aqfl(pair, parameters):
 
 
 @triton.jit
-def _dbaql(pair, parameters):
+def dbaql(pair, parameters):
     m = _margin(pair, parameters)
     centered, variance, ways = _deviations(m / _QUANTILE_TAU, pair)
     up, q = softplus_and_sigmoid(variance)
@@ -498,86 +467,3 @@ def _dbaql(pair, parameters):
     loss, slope_c, slope_r = _of_margin(q * logistic + exponential, slope, parameters.beta)
     loss_slope = q * (rest * logistic - exponential)
     return loss, slope_c, slope_r, loss_slope, 2.0 * centered / (ways * _QUANTILE_TAU)
-
-
-@triton.jit
-def of_statistic(pair, parameters, LOSS: tl.constexpr):
-    """Return (loss, slopes, dloss / dstatistic, dstatistic / dm)."""
-    if LOSS == _AQL:
-        result = _aql(pair, parameters)
-    elif LOSS == _AQFL:
-        result = _aqfl(pair, parameters)
-    else:
-        tl.static_assert(LOSS == _DBAQL, "a loss id without a kernel function")
-        result = _dbaql(pair, parameters)
-    return result
-
-
-@triton.jit
-def of_response(pair, parameters, LOSS: tl.constexpr):
-    """Return (loss, slope of the third response)."""
-    if LOSS == _SELM:
-        result = _selm(pair, parameters)
-    else:
-        tl.static_assert(LOSS == _NLL, "a loss id without a kernel function")
-        result = _nll(pair, parameters)
-    return result
-
-
-@triton.jit
-def of_pair(pair, parameters, LOSS: tl.constexpr):
-    """Return (loss, slope of chosen, slope of rejected) of a type that is neither of the above."""
-    if LOSS == _SIGMOID:
-        result = _sigmoid(pair, parameters)
-    elif LOSS == _HINGE:
-        result = _hinge(pair, parameters)
-    elif LOSS == _IPO:
-        result = _ipo(pair, parameters)
-    elif LOSS == _EXO_PAIR:
-        result = _exo_pair(pair, parameters)
-    elif LOSS == _NCA_PAIR:
-        result = _nca_pair(pair, parameters)
-    elif LOSS == _ROBUST:
-        result = _robust(pair, parameters)
-    elif LOSS == _BCO_PAIR:
-        result = _bco_pair(pair, parameters)
-    elif LOSS == _SPPO_HARD:
-        result = _sppo_hard(pair, parameters)
-    elif LOSS == _APO_ZERO:
-        result = _apo_zero(pair, parameters)
-    elif LOSS == _APO_DOWN:
-        result = _apo_down(pair, parameters)
-    elif LOSS == _DISCOPOP:
-        result = _discopop(pair, parameters)
-    elif LOSS == _SIGMOID_NORM:
-        result = _sigmoid_norm(pair, parameters)
-    elif LOSS == _CPO:
-        result = _cpo(pair, parameters)
-    elif LOSS == _CELL:
-        result = _cell(pair, parameters)
-    elif LOSS == _PADLL:
-        result = _padll(pair, parameters)
-    elif LOSS == _PFL:
-        result = _pfl(pair, parameters)
-    elif LOSS == _ADA_DPO:
-        result = _ada_dpo(pair, parameters)
-    elif LOSS == _ADA_DPO_QUADRATIC:
-        result = _ada_dpo_quadratic(pair, parameters)
-    elif LOSS == _DUAL_CLIP:
-        result = _dual_clip(pair, parameters)
-    elif LOSS == _SFT:
-        result = _sft(pair, parameters)
-    elif LOSS == _RPO:
-        result = _rpo(pair, parameters)
-    elif LOSS == _RPO_MEAN:
-        result = _rpo_mean(pair, parameters)
-    elif LOSS == _SIMPO:
-        result = _simpo(pair, parameters)
-    elif LOSS == _ALPHAPO:
-        result = _alphapo(pair, parameters)
-    elif LOSS == _ORPO:
-        result = _orpo(pair, parameters)
-    else:
-        tl.static_assert(LOSS == _RWR, "a loss id without a kernel function")
-        result = _rwr(pair, parameters)
-    return result

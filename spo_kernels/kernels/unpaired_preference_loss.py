@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spo_kernels.calls.loss_table import UNPAIRED_LOSS_TYPES, UnpairedParameters, loss_type_of
+from spo_kernels.calls.loss_table import UnpairedParameters
 from spo_kernels.kernels.device import cdiv, device_guard
 from spo_kernels.kernels.scalar_math import sigmoid_and_slope, softplus_and_sigmoid
 
@@ -27,14 +27,13 @@ TOKENS_BLOCKS = (1, 1024)
 BLOCK_M = 256
 NUM_WARPS = 4
 
-_KTO = tl.constexpr(loss_type_of("kto", UNPAIRED_LOSS_TYPES).id)
-_APO_ZERO = tl.constexpr(loss_type_of("apo_zero_unpaired", UNPAIRED_LOSS_TYPES).id)
-_BCO = tl.constexpr(loss_type_of("bco", UNPAIRED_LOSS_TYPES).id)
-
-# what ref_logps holds
+# form of ref_logps
 NO_REF, REF_SUMS, REF_TOKENS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # where the baseline comes from
-NO_BASELINE, GIVEN, COMPUTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NO_BASELINE, GIVEN = tl.constexpr(0), tl.constexpr(1)
+MEAN_KL, MEAN_REWARDS = tl.constexpr(2), tl.constexpr(3)
+# of the types that have one, where it is not given
+COMPUTED_BASELINE_OF = {"kto": MEAN_KL, "bco": MEAN_REWARDS}
 
 
 @triton.jit
@@ -127,6 +126,36 @@ def _mean_rewards(
     return tl.sum(means, axis=0) / tl.maximum(sides, 1.0)
 
 
+# each returns (loss, slope, z, shift): the slope of -sign beta d, and the two baselines it used
+
+
+@triton.jit
+def kto(d, sign, baseline, beta):
+    # a NaN stays one
+    z = tl.where(baseline < 0.0, 0.0, baseline)
+    loss, slope = sigmoid_and_slope(-sign * (beta * (d - z)))
+    return loss, slope, z, 0.0
+
+
+@triton.jit
+def apo_zero_unpaired(d, sign, baseline, beta):
+    loss, slope = sigmoid_and_slope(-sign * (beta * d))
+    return loss, slope, 0.0, 0.0
+
+
+@triton.jit
+def bco(d, sign, baseline, beta):
+    loss, slope = softplus_and_sigmoid(sign * (baseline - beta * d))
+    return loss, slope, 0.0, baseline
+
+
+LOSS_OF = {
+    "kto": kto,
+    "apo_zero_unpaired": apo_zero_unpaired,
+    "bco": bco,
+}
+
+
 @triton.jit
 def _unpaired_preference_loss_fwd_kernel(
     logps_ptr,  # [S, T], or [N] with offsets
@@ -151,7 +180,7 @@ def _unpaired_preference_loss_fwd_kernel(
     HAS_OFFSETS: tl.constexpr,
     REF: tl.constexpr,
     BASELINE: tl.constexpr,
-    LOSS: tl.constexpr,  # id from loss_table
+    LOSS: tl.constexpr,  # jit function of the loss type
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -160,19 +189,19 @@ def _unpaired_preference_loss_fwd_kernel(
     mask_s = offs_s < S
     # [BLOCK_S]
     sums, d = _sums(
-        logps_ptr,
-        ref_logps_ptr,
-        segment_offsets_ptr,
-        offs_s,
-        mask_s,
-        N,
-        T,
-        stride_logps_s,
-        stride_ref_logps_s,
-        HAS_OFFSETS,
-        REF,
-        BLOCK_S,
-        BLOCK_T,
+        logps_ptr=logps_ptr,
+        ref_logps_ptr=ref_logps_ptr,
+        segment_offsets_ptr=segment_offsets_ptr,
+        offs_s=offs_s,
+        mask_s=mask_s,
+        N=N,
+        T=T,
+        stride_logps_s=stride_logps_s,
+        stride_ref_logps_s=stride_ref_logps_s,
+        HAS_OFFSETS=HAS_OFFSETS,
+        REF=REF,
+        BLOCK_S=BLOCK_S,
+        BLOCK_T=BLOCK_T,
     )
     reward = parameters.beta * d
     is_desirable = tl.load(is_desirable_ptr + offs_s, mask=mask_s, other=0) != 0
@@ -180,42 +209,25 @@ def _unpaired_preference_loss_fwd_kernel(
 
     if BASELINE == GIVEN:
         baseline = tl.load(baseline_ptr).to(tl.float32)
-    elif BASELINE == COMPUTED:
-        if LOSS == _KTO:
-            baseline = _mean_kl(kl_logps_ptr, ref_kl_logps_ptr, M, BLOCK_M)
-        else:
-            baseline = _mean_rewards(
-                logps_ptr,
-                ref_logps_ptr,
-                is_desirable_ptr,
-                S,
-                stride_logps_s,
-                stride_ref_logps_s,
-                parameters.beta,
-                REF,
-                BLOCK_M,
-            )
+    elif BASELINE == MEAN_KL:
+        baseline = _mean_kl(kl_logps_ptr, ref_kl_logps_ptr, M, BLOCK_M)
+    elif BASELINE == MEAN_REWARDS:
+        baseline = _mean_rewards(
+            logps_ptr=logps_ptr,
+            ref_logps_ptr=ref_logps_ptr,
+            is_desirable_ptr=is_desirable_ptr,
+            S=S,
+            stride_logps_s=stride_logps_s,
+            stride_ref_logps_s=stride_ref_logps_s,
+            beta=parameters.beta,
+            REF=REF,
+            BLOCK_M=BLOCK_M,
+        )
     else:
         baseline = 0.0
 
-    z = 0.0
-    shift = 0.0
-    if LOSS == _BCO:
-        shift = baseline
-        loss, sigmoid = softplus_and_sigmoid(sign * (shift - reward))
-        grad = -parameters.beta * sign * sigmoid
-    else:
-        tl.static_assert(
-            (LOSS == _KTO) or (LOSS == _APO_ZERO), "a loss id without a kernel function"
-        )
-        if LOSS == _KTO:
-            # a NaN stays one
-            z = tl.where(baseline < 0.0, 0.0, baseline)
-            reward_above = parameters.beta * (d - z)
-        else:
-            reward_above = reward
-        loss, slope = sigmoid_and_slope(-sign * reward_above)
-        grad = -parameters.beta * sign * slope
+    loss, slope, z, shift = LOSS(d, sign, baseline, parameters.beta)
+    grad = -parameters.beta * sign * slope
     weight = tl.where(is_desirable, parameters.desirable_weight, parameters.undesirable_weight)
 
     tl.store(losses_ptr + offs_s, weight * loss, mask=mask_s)
@@ -246,19 +258,19 @@ def _unpaired_preference_loss_fwd_sums_kernel(
     offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_s = offs_s < S
     sums, d = _sums(
-        logps_ptr,
-        ref_logps_ptr,
-        segment_offsets_ptr,
-        offs_s,
-        mask_s,
-        N,
-        T,
-        stride_logps_s,
-        stride_ref_logps_s,
-        HAS_OFFSETS,
-        REF,
-        BLOCK_S,
-        BLOCK_T,
+        logps_ptr=logps_ptr,
+        ref_logps_ptr=ref_logps_ptr,
+        segment_offsets_ptr=segment_offsets_ptr,
+        offs_s=offs_s,
+        mask_s=mask_s,
+        N=N,
+        T=T,
+        stride_logps_s=stride_logps_s,
+        stride_ref_logps_s=stride_ref_logps_s,
+        HAS_OFFSETS=HAS_OFFSETS,
+        REF=REF,
+        BLOCK_S=BLOCK_S,
+        BLOCK_T=BLOCK_T,
     )
     tl.store(sums_ptr + offs_s, sums, mask=mask_s)
     tl.store(sums_ptr + S + offs_s, d, mask=mask_s)
@@ -292,11 +304,10 @@ def unpaired_preference_loss_fwd(
         ref_logps, _, stride_ref_logps_s = _rows(ref_logps, has_offsets and ref_has_tokens)
     is_desirable = is_desirable.contiguous()
     block_s, block_t = TOKENS_BLOCKS if has_tokens else SUMS_BLOCKS
-    computes_shift = loss_type == "bco" and baseline is None
     if baseline is not None:
         source = GIVEN
     else:
-        source = NO_BASELINE if loss_type == "apo_zero_unpaired" else COMPUTED
+        source = COMPUTED_BASELINE_OF.get(loss_type, NO_BASELINE)
 
     def empty(*shape):
         return torch.empty(shape, dtype=torch.float32, device=logps.device)
@@ -304,7 +315,7 @@ def unpaired_preference_loss_fwd(
     losses, grads, rewards, sums, baselines = empty(S), empty(S), empty(S), empty(S), empty(2)
     with device_guard(logps):
         token_sums = None
-        if computes_shift and has_tokens and S > 0:
+        if source is MEAN_REWARDS and has_tokens and S > 0:
             token_sums = empty(2, S)
             _unpaired_preference_loss_fwd_sums_kernel[(cdiv(S, block_s),)](
                 logps_ptr=logps,
@@ -351,7 +362,7 @@ def unpaired_preference_loss_fwd(
             HAS_OFFSETS=has_offsets,
             REF=ref,
             BASELINE=source,
-            LOSS=loss_type_of(loss_type, UNPAIRED_LOSS_TYPES).id,
+            LOSS=LOSS_OF[loss_type],
             BLOCK_S=block_s,
             BLOCK_T=block_t,
             BLOCK_M=BLOCK_M,

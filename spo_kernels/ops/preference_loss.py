@@ -246,8 +246,8 @@ def _like(call: _Call, *tensors: torch.Tensor | None) -> Scored:
     """Return what the results of ``_forward`` are allocated as."""
     options = call.options
     P, L = _sides_of(tensors)[0].form.pairs, len(options.losses)
-    sorts = any(loss.sorts for loss in options.losses)
-    has_statistic = any(loss.has_statistic for loss in options.losses)
+    sorts = any(loss.kind == "ranked" for loss in options.losses)
+    has_statistic = any(loss.kind == "statistic" for loss in options.losses)
     return Scored(
         losses=Like((P,)),
         rewards=Like((2, P)),

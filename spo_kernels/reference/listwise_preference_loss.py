@@ -72,7 +72,7 @@ def _best_vs_rest(y, psi, settings):
     return sum(-F.logsigmoid(y[best] - y[j]) for j in rest) / len(rest)
 
 
-_LISTWISE_LOSS_OF = {
+LOSS_OF = {
     "neural_ndcg": _neural_ndcg,
     "approx_ndcg": _approx_ndcg,
     "lipo_lambda": _lipo_lambda,
@@ -114,7 +114,7 @@ def listwise_preference_loss_reference(
         if is_bad:
             losses.append(y.sum() * torch.nan)
         elif counted[-1]:
-            losses.append(_LISTWISE_LOSS_OF[loss_type](y, psi, settings))
+            losses.append(LOSS_OF[loss_type](y, psi, settings))
         else:
             losses.append(y.sum() * 0)
     return {

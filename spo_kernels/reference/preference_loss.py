@@ -219,11 +219,39 @@ def _nll(p, o):
 
 
 LOSS_OF = {
-    name.removeprefix("_"): function
-    for name, function in list(globals().items())
-    if name.startswith("_")
-    and callable(function)
-    and name not in ("_smoothed", "_clamped_exp", "_blend", "_variance")
+    "sigmoid": _sigmoid,
+    "hinge": _hinge,
+    "ipo": _ipo,
+    "exo_pair": _exo_pair,
+    "nca_pair": _nca_pair,
+    "robust": _robust,
+    "bco_pair": _bco_pair,
+    "sppo_hard": _sppo_hard,
+    "aot": _aot,
+    "aot_unpaired": _aot_unpaired,
+    "apo_zero": _apo_zero,
+    "apo_down": _apo_down,
+    "discopop": _discopop,
+    "sigmoid_norm": _sigmoid_norm,
+    "cpo": _cpo,
+    "cell": _cell,
+    "padll": _padll,
+    "pfl": _pfl,
+    "aql": _aql,
+    "aqfl": _aqfl,
+    "dbaql": _dbaql,
+    "ada_dpo": _ada_dpo,
+    "ada_dpo_quadratic": _ada_dpo_quadratic,
+    "dual_clip": _dual_clip,
+    "sft": _sft,
+    "rpo": _rpo,
+    "rpo_mean": _rpo_mean,
+    "simpo": _simpo,
+    "alphapo": _alphapo,
+    "orpo": _orpo,
+    "rwr": _rwr,
+    "selm": _selm,
+    "nll": _nll,
 }
 
 
@@ -327,7 +355,20 @@ def preference_loss_reference(
     reward_rejected: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return every output of ``preference_loss`` by name, in the log-probs' dtype."""
-    options = SimpleNamespace(**locals())
+    options = SimpleNamespace(
+        beta=beta,
+        label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
+        simpo_gamma=simpo_gamma,
+        alphapo_alpha=alphapo_alpha,
+        ada_rho=ada_rho,
+        ada_tau_min=ada_tau_min,
+        ada_tau_max=ada_tau_max,
+        clip_chosen=clip_chosen,
+        clip_rejected=clip_rejected,
+        rwr_temperature=rwr_temperature,
+        rwr_max_weight=rwr_max_weight,
+    )
     reward_chosen = _widened(reward_chosen, chosen_logps)
     reward_rejected = _widened(reward_rejected, chosen_logps)
     pair = SimpleNamespace(reward_c=reward_chosen, reward_r=reward_rejected)

@@ -7,6 +7,23 @@ backend.
 import torch
 import torch.nn.functional as F
 
+# the logistic sigmoid as exp(log(.)): its gradient is not lost where it is 1
+
+
+def _kto(d, sign, z, shift, beta):
+    return F.logsigmoid(-sign * beta * (d - z)).exp()
+
+
+def _apo_zero_unpaired(d, sign, z, shift, beta):
+    return F.logsigmoid(-sign * beta * d).exp()
+
+
+def _bco(d, sign, z, shift, beta):
+    return -F.logsigmoid(sign * (beta * d - shift))
+
+
+LOSS_OF = {"kto": _kto, "apo_zero_unpaired": _apo_zero_unpaired, "bco": _bco}
+
 
 def unpaired_preference_loss_reference(
     logps: torch.Tensor,
@@ -51,13 +68,7 @@ def unpaired_preference_loss_reference(
         shift = reward_shift.detach().to(d.dtype)
     for s, desirable in enumerate(is_desirable.tolist()):
         sign = 1 if desirable else -1
-        # a sigmoid whose gradient is not lost where it is 1
-        if loss_type == "kto":
-            loss = F.logsigmoid(-sign * beta * (d[s] - z)).exp()
-        elif loss_type == "apo_zero_unpaired":
-            loss = F.logsigmoid(-sign * beta * d[s]).exp()
-        else:
-            loss = -F.logsigmoid(sign * (beta * d[s] - shift))
+        loss = LOSS_OF[loss_type](d[s], sign, z, shift, beta)
         losses.append(loss * (desirable_weight if desirable else undesirable_weight))
     return {
         "losses": torch.stack(losses) if losses else d[:0],

@@ -7,6 +7,7 @@ segments or views.
 import torch
 
 from spo_kernels.calls.checks import compute_dtype
+from spo_kernels.torch_backend.segments import segments_of
 
 # rows of half-precision hidden states widened at a time, few enough to stay in a cache
 _ROW_CHUNK = 512
@@ -92,11 +93,9 @@ def _slots(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's (segment, level) as one index, and which segments hold a bad level."""
     S = segment_offsets.numel() - 1
-    rows = torch.arange(levels.numel(), device=levels.device)
-    # the last of the segments that start at or before the row: empty ones are passed over
-    segments = torch.searchsorted(segment_offsets.contiguous(), rows, right=True) - 1
+    segments = segments_of(segment_offsets, levels.numel())
     levels = levels.long()
-    inside = (segments >= 0) & (segments < S)
+    inside = segments < S
     is_used = inside & (levels >= 0) & (levels < K)
     slots = torch.where(is_used, segments * K + levels, S * K)
     bad_rows = inside & ((levels < -1) | (levels >= K))

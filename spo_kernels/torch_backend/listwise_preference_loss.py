@@ -190,7 +190,7 @@ def _pairwise(y, weights, is_pair):
 
 
 # each returns (loss, dloss / dy, whether it counts) of all lists
-_LOSS_OF = {
+LOSS_OF = {
     "neural_ndcg": _neural_ndcg,
     "approx_ndcg": _approx_ndcg,
     "lipo_lambda": _lipo_lambda,
@@ -221,7 +221,7 @@ def listwise_preference_loss_fwd(
     # a score or a label that is not finite spoils its list: set aside here, put back at the end
     is_bad = ~(rewards.isfinite() & psi.isfinite())
     y, psi = rewards.masked_fill(is_bad, 0.0), psi.masked_fill(is_bad, 0.0)
-    losses, grads, counted = _LOSS_OF[loss_type](y, psi, is_there, parameters)
+    losses, grads, counted = LOSS_OF[loss_type](y, psi, is_there, parameters)
 
     spoiled = torch.where(is_bad.any(1), torch.nan, 0.0).to(dtype)
     losses = losses.masked_fill(~counted, 0.0) + spoiled

@@ -10,10 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from spo_kernels.calls.checks import compute_dtype
-from spo_kernels.calls.loss_table import FIRST_POLICY_ID, FIRST_RESPONSE_ID
+from spo_kernels.calls.loss_table import LOSS_TYPES
 from spo_kernels.calls.preference_loss import GRAD_ROWS, Form, LossOptions, PairData, Scored, Side
 from spo_kernels.torch_backend import preference_terms as terms
+from spo_kernels.torch_backend.segments import segments_of
 
+# a row without its function fails here, at import
+TERM_OF = {row.name: getattr(terms, row.name) for row in LOSS_TYPES}
+# the first of GRAD_ROWS that a kind's slopes add to, where it is not that of the scores
+_FIRST_GRAD_OF = {"policy": 2, "response": 4}
 # integers that hold a float's bits, by its bytes
 _BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -64,11 +69,10 @@ def preference_loss_fwd(
     for row, scale in zip(call.losses, call.weights, strict=True):
         if weight is not None:
             scale = scale * weight
-        loss, *slopes = getattr(terms, row.name)(pair, call.parameters)
+        loss, *slopes = TERM_OF[row.name](pair, call.parameters)
         links.append((row, scale, slopes[2] if len(slopes) > 2 else None))
         losses = _add(losses, loss, scale)
-        first = 4 if row.id >= FIRST_RESPONSE_ID else 2 if row.id >= FIRST_POLICY_ID else 0
-        for i, slope in enumerate(slopes[:2], first):
+        for i, slope in enumerate(slopes[:2], _FIRST_GRAD_OF.get(row.kind, 0)):
             if slope is not None:
                 grads[i] = _add(grads[i], slope, scale)
     zero = torch.zeros_like(c)
@@ -86,7 +90,7 @@ def preference_loss_fwd(
 def _add(
     total: torch.Tensor | None, value: torch.Tensor, scale: float | torch.Tensor
 ) -> torch.Tensor:
-    """Return ``total + scale * value``, where no total is 0."""
+    """Return ``total + scale * value``; a total of None counts as 0."""
     if isinstance(scale, torch.Tensor) or scale != 1.0:
         value = scale * value
     return value if total is None else total + value
@@ -104,11 +108,11 @@ def preference_loss_bwd(
     if call.is_batch:
         upstream = grad_losses.to(grads.dtype)
         for i, row in enumerate(call.losses):
-            if row.sorts:
+            if row.kind == "ranked":
                 grads[:2].add_(scored.rank_grads[i] * upstream.take(scored.ranks[i]))
-            elif row.has_statistic:
+            elif row.kind == "statistic":
                 loss_slope, statistic_slope = scored.stats[i]
-                # an infinite slope that meets no gradient, or moves nothing, is none
+                # inf * 0 is NaN: the product is 0 where either factor is 0
                 moved = (loss_slope * upstream).masked_fill(upstream == 0, 0.0).sum()
                 shared = (moved * statistic_slope).masked_fill(statistic_slope == 0, 0.0)
                 grads[0].add_(shared)
@@ -143,15 +147,11 @@ class _Tokens:
             self.counted = form.mask != 0
         self.segments = None
         if form.has_tokens and form.offsets is not None:
-            places = torch.arange(form.shape.numel(), device=device)
-            # the last of the segments that start at or before the token: empty ones are passed over
-            segments = torch.searchsorted(form.offsets.contiguous(), places, right=True) - 1
             # the last slot takes the tokens that no response holds
-            outside = (segments < 0) | (segments >= form.pairs)
-            self.segments = torch.where(outside, form.pairs, segments)
+            self.segments = segments_of(form.offsets, form.shape.numel())
 
     def masked(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return ``tokens`` (or what spreads to them), 0 where they do not count."""
+        """Return ``tokens``, or values that broadcast to them, 0 where they do not count."""
         if self.counted is None:
             return tokens
         # bits times 0 or 1, the cheapest product that leaves no NaN at a token that does not count
@@ -164,7 +164,7 @@ class _Tokens:
         dtype: torch.dtype,
         weigh: tuple[torch.Tensor, float] | None = None,
     ) -> torch.Tensor:
-        """Return the fp64 sum of each pair's tokens ``[P]``; what is a sum, in ``dtype``."""
+        """Return the fp64 sum of each pair's tokens ``[P]``; sums are returned, in ``dtype``."""
         if values.dim() == 1:
             return values.to(dtype)
         # a sum over strided rows would round in another order
@@ -233,14 +233,14 @@ def _pair(
     data: PairData,
     call: LossOptions,
 ) -> terms.Pair:
-    """Gather what the terms read."""
+    """Gather the inputs of the loss types' functions."""
     dtype = c.dtype
     P, has_response = c.numel(), len(plain) > 2
     reward_c = reward_r = None
     if data.reward_chosen is not None:
         reward_c, reward_r = data.reward_chosen.to(dtype), data.reward_rejected.to(dtype)
     ratio = ref_ratio = None
-    if any(row.sorts for row in call.losses):
+    if any(row.kind == "ranked" for row in call.losses):
         ratio = policy[0].to(dtype) - policy[1].to(dtype)
         ref_ratio = torch.zeros_like(c)
         if refs[0] is not None:
@@ -276,7 +276,7 @@ def _pair(
 
 
 def _share(tokens: torch.Tensor, P: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return P / tokens: what makes a mean over pairs one over tokens."""
+    """Return P / tokens, the factor that turns a mean over pairs into one over tokens."""
     return P / tokens.clamp(min=1).to(dtype)
 
 
@@ -313,17 +313,22 @@ def _pair_weight(
 def _links(links: list, call: LossOptions, like: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return ranks, rank_grads and stats of the batch types of the mix."""
     found = {}
-    if any(row.sorts for row, _, _ in links):
+    if any(row.kind == "ranked" for row, _, _ in links):
         none = torch.zeros(2, like.numel(), dtype=torch.int64, device=like.device)
-        found["ranks"] = torch.stack([link.ranks if row.sorts else none for row, _, link in links])
+        found["ranks"] = torch.stack(
+            [link.ranks if row.kind == "ranked" else none for row, _, link in links]
+        )
         none = none.to(like.dtype)
         found["rank_grads"] = torch.stack(
-            [_add(None, link.slopes, scale) if row.sorts else none for row, scale, link in links]
+            [
+                _add(None, link.slopes, scale) if row.kind == "ranked" else none
+                for row, scale, link in links
+            ]
         )
-    if any(row.has_statistic for row, _, _ in links):
+    if any(row.kind == "statistic" for row, _, _ in links):
         stats = found["stats"] = like.new_zeros(len(links), 2, like.numel())
         for i, (row, scale, link) in enumerate(links):
-            if row.has_statistic:
+            if row.kind == "statistic":
                 stats[i, 0] = scale * link.loss_slope
                 stats[i, 1] = call.parameters.beta * link.statistic_slope
     return found

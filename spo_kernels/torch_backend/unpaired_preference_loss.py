@@ -9,6 +9,30 @@ import torch.nn.functional as F
 
 from spo_kernels.calls.checks import compute_dtype
 from spo_kernels.calls.loss_table import UnpairedParameters
+from spo_kernels.torch_backend.segments import segments_of
+
+
+def _kto(d, sign, baseline, beta):
+    z = baseline.clamp(min=0.0)
+    margin = sign * beta * (d - z)
+    losses = torch.sigmoid(-margin)
+    return losses, losses * torch.sigmoid(margin), torch.stack((z, torch.zeros_like(z)))
+
+
+def _apo_zero_unpaired(d, sign, baseline, beta):
+    margin = sign * beta * d
+    losses = torch.sigmoid(-margin)
+    return losses, losses * torch.sigmoid(margin), d.new_zeros(2)
+
+
+def _bco(d, sign, baseline, beta):
+    margin = sign * (beta * d - baseline)
+    losses = -F.logsigmoid(margin)
+    return losses, torch.sigmoid(-margin), torch.stack((torch.zeros_like(baseline), baseline))
+
+
+# each returns (loss, slope of -sign beta d, the two baselines it used: z, reward shift)
+LOSS_OF = {"kto": _kto, "apo_zero_unpaired": _apo_zero_unpaired, "bco": _bco}
 
 
 def unpaired_preference_loss_fwd(
@@ -40,23 +64,16 @@ def unpaired_preference_loss_fwd(
     desirable, undesirable = parameters.desirable_weight, parameters.undesirable_weight
     weights = torch.where(is_desirable, desirable, undesirable).to(dtype)
 
-    z = shift = torch.zeros((), dtype=dtype, device=logps.device)
-    if loss_type == "bco":
-        shift = _mean_rewards(rewards, is_desirable) if baseline is None else baseline.to(dtype)
-        margin = sign * (rewards - shift)
-        losses = -F.logsigmoid(margin)
-        slope = torch.sigmoid(-margin)
-    else:
-        if loss_type == "kto":
-            if baseline is None:
-                kl = kl_logps.to(dtype) - ref_kl_logps.to(dtype)
-                baseline = kl.sum() / max(kl.numel(), 1)
-            z = baseline.to(dtype).clamp(min=0.0)
-        margin = sign * parameters.beta * (d - z)
-        losses = torch.sigmoid(-margin)
-        slope = losses * torch.sigmoid(margin)
+    if baseline is not None:
+        baseline = baseline.to(dtype)
+    elif loss_type == "kto":
+        kl = kl_logps.to(dtype) - ref_kl_logps.to(dtype)
+        baseline = kl.sum() / max(kl.numel(), 1)
+    elif loss_type == "bco":
+        baseline = _mean_rewards(rewards, is_desirable)
+    losses, slope, baselines = LOSS_OF[loss_type](d, sign, baseline, parameters.beta)
     grads = -parameters.beta * sign * slope
-    return weights * losses, weights * grads, rewards, sums, torch.stack((z, shift))
+    return weights * losses, weights * grads, rewards, sums, baselines
 
 
 def unpaired_preference_loss_bwd_tokens(
@@ -69,7 +86,7 @@ def unpaired_preference_loss_bwd_tokens(
 ) -> torch.Tensor:
     """Return grad_logps [N]: each token takes its response's gradient, 0 outside every one."""
     rows = F.pad((grads * grad_losses).to(dtype), (0, 1))
-    return rows.index_select(0, _segments(segment_offsets, tokens))
+    return rows.index_select(0, segments_of(segment_offsets, tokens))
 
 
 def _sums(logps: torch.Tensor, segment_offsets: torch.Tensor | None) -> torch.Tensor:
@@ -81,17 +98,8 @@ def _sums(logps: torch.Tensor, segment_offsets: torch.Tensor | None) -> torch.Te
     flat = logps.reshape(-1).double()
     # the last slot takes the tokens that no response holds
     sums = flat.new_zeros(segment_offsets.numel())
-    sums = sums.index_add(0, _segments(segment_offsets, flat.numel()), flat)
+    sums = sums.index_add(0, segments_of(segment_offsets, flat.numel()), flat)
     return sums[:-1].to(logps.dtype)
-
-
-def _segments(segment_offsets: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Return [N]: each token's response, S where it is in none."""
-    S = segment_offsets.numel() - 1
-    offs = torch.arange(tokens, device=segment_offsets.device)
-    # the last of the segments that start at or before the token: empty ones are passed over
-    segments = torch.searchsorted(segment_offsets.contiguous(), offs, right=True) - 1
-    return torch.where(segments < 0, S, segments)
 
 
 def _mean_rewards(rewards: torch.Tensor, is_desirable: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def make_batch(names, P, *, dtype=torch.float32, seed=0, tokens=False, orpo=Fals
         "ref_logps": -6 * torch.rand(shape, generator=generator) * (1 if tokens else T),
         "pair_weights": 0.5 + torch.rand(P, generator=generator),
     }
-    if any(row.sorts for row in rows):
+    if any(row.kind == "ranked" for row in rows):
         del pairs["pair_weights"]
     if any("rewards" in row.inputs for row in rows):
         pairs["reward_chosen"], pairs["reward_rejected"] = torch.randn(2, P, generator=generator)

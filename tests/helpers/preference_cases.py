@@ -11,7 +11,7 @@ BLOCK_P = 128
 MIXES = [
     *((name,) for name in LOSS_TYPE_NAMES),
     # what a kernel may hold at once: every type that takes a pair's weight, and ranks
-    tuple(row.name for row in LOSS_TYPES if not row.sorts),
+    tuple(row.name for row in LOSS_TYPES if row.kind != "ranked"),
     ("aot", "sft", "aot_unpaired", "aql", "sigmoid"),
 ]
 # parameters away from their defaults, where a default switches a term off
@@ -55,7 +55,7 @@ def make_case(names, P, *, form="sums", dtype=torch.float32, seed=0, extras=Fals
     if extras or any("rewards" in row.inputs for row in rows):
         for side in ("chosen", "rejected"):
             inputs[f"reward_{side}"] = torch.randn(P, generator=generator)
-    if extras and not any(row.sorts for row in rows):
+    if extras and not any(row.kind == "ranked" for row in rows):
         # few pairs that count nothing: over one or two, eager's error is luck
         inputs["pair_weights"] = 0.5 + torch.rand(P, generator=generator)
         inputs["pair_weights"][1::7] = 0.0

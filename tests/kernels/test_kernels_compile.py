@@ -8,9 +8,15 @@ pytest.importorskip("triton")
 if triton_interpreter_on():
     pytest.skip("needs TRITON_INTERPRET=0 (make test runs it so)", allow_module_level=True)
 
+import triton
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+
 from spo_kernels.calls.layout import padded_columns
 from spo_kernels.calls.loss_table import LOSS_TYPES, MAX_BATCH_PAIRS
-from spo_kernels.kernels import aot
+from spo_kernels.kernels import aot, preference_loss
 from spo_kernels.kernels.tiles import RACED, TILES
 
 # bytes a thread may spill: everything at once (softcap, bias, LoRA, all statistics), the forward
@@ -94,6 +100,29 @@ def test_preference_loss_types(arch):
             assert {f"{pairs} pairs, {form} {loss.name}" for form in ("sums", "tokens")} <= shapes
         for row in rows:
             check(row)
+
+
+def test_an_edited_loss_is_another_kernel():
+    """The key of the cache on disk holds the source of the jit functions a kernel is handed."""
+    fwd = preference_loss._preference_loss_fwd_kernel
+    place = fwd.arg_names.index("terms")
+    sigmoid = preference_loss.TERM_OF["sigmoid"]
+    edited = triton.JITFunction(sigmoid.fn)
+    edited._unsafe_update_src(edited.src.replace("loss, -lost", "loss, lost"))
+    assert edited.src != sigmoid.src and repr(edited) == repr(sigmoid)
+
+    def key_of(term):
+        signature = dict.fromkeys(fwd.arg_names, "i32")
+        signature |= {"terms": ("constexpr",), "KINDS": "constexpr"}
+        return ASTSource(fwd, signature, {(place, 0): term, "KINDS": ("pair",)}).hash()
+
+    assert key_of(sigmoid) == key_of(triton.JITFunction(sigmoid.fn)) != key_of(edited)
+
+    # and a launch hands them over so: each member of the tuple is a constexpr of its own
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for term in (sigmoid, edited):
+        kind, key = native_specialize_impl(type(backend), (term,), False, True, True)
+        assert kind == ("constexpr",) and key == (term.cache_key,)
 
 
 @pytest.mark.parametrize("arch", aot.ARCHS)

@@ -23,7 +23,7 @@ from tests.helpers.preference_cases import MIXES, OPTIONS
 
 def is_coupled(names):
     """Whether ranks or a statistic of the batch tie the pairs together."""
-    return any(row.sorts or row.has_statistic for row in map(loss_type_of, names))
+    return any(row.couples_pairs for row in map(loss_type_of, names))
 
 
 ALONE = [names for names in MIXES if not is_coupled(names)]

@@ -119,9 +119,9 @@ def test_extremes(backend, names):
     """Rows 10, 11: NaN stays in its pair (its rank), margins of 1e4 and fp16 beyond its range."""
     row = loss_type_of(names[0])
     out, *grads = losses_of(backend, [-5.0, math.nan, -6.0], [-9.0, -1.0, -2.0], names)
-    if row.has_statistic:
+    if row.kind == "statistic":
         assert out.losses.isnan().all()
-    elif row.sorts:
+    elif row.kind == "ranked":
         # a NaN ranks last
         assert out.losses.isnan().tolist() == [False, False, True]
     else:
@@ -503,7 +503,7 @@ def test_errors_of_options(backend):
         if "rewards" in row.inputs:
             text = f"reward_chosen must be given for loss_type={row.name!r}, got None"
             refuse(ValueError, text, two, two, **settings)
-        if row.sorts:
+        if row.kind == "ranked":
             text = (
                 f"pair_weights must be left out for loss_type={row.name!r}, which pairs by rank, "
                 "got a weight of each pair"
