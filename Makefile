@@ -10,6 +10,8 @@ export TOKENIZERS_PARALLELISM := false
 BOOTSTRAP ?= python3
 PYTHON ?= .venv/bin/python
 WORKERS ?= 2
+# preference pairs for the tests on real input, which are skipped without it
+REAL_PAIRS ?=
 
 # a PYTHON given by the caller is used as it is: nothing is created, nothing is installed
 ifeq ($(PYTHON),.venv/bin/python)
@@ -18,6 +20,7 @@ endif
 
 # the tests run in parallel processes: without this each of them would start a thread per core
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PAIRS_OPTION := $(if $(REAL_PAIRS),--real_pairs "$(REAL_PAIRS)")
 # TRITON_INTERPRET is read when triton is imported, so interpreter and compiler tests cannot share a process
 COMPILE_TESTS := $(sort $(wildcard tests/kernels/test_kernels_compile*.py))
 PYTEST := $(PYTHON) -m pytest -q
@@ -43,7 +46,7 @@ GPU_S := 460
 
 help:
 	@echo "make demo    train a small model with SPO on the CPU, about two minutes"
-	@echo "make test    all tests"
+	@echo "make test    all tests; REAL_PAIRS=<file> adds those on real preference pairs"
 	@echo "make test-matrix  the trl and transformers tests with the oldest and the newest version of each"
 	@echo "make trl-tests TRL_SOURCE=<checkout>  TRL's own trainer tests, unpatched and patched"
 	@echo "make lint    ruff"
@@ -69,7 +72,7 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(TEST_ENV) TRITON_INTERPRET=1 $(PYTEST) -p no:benchmark -n $(WORKERS) --dist worksteal \
-		--durations=15 $(addprefix --ignore=,$(COMPILE_TESTS))
+		$(PAIRS_OPTION) --durations=15 $(addprefix --ignore=,$(COMPILE_TESTS))
 ifneq ($(COMPILE_TESTS),)
 	$(TEST_ENV) TRITON_INTERPRET=0 $(PYTEST) -p no:benchmark -n $(WORKERS) $(COMPILE_TESTS)
 endif
@@ -79,7 +82,7 @@ test-matrix: $(MATRIX:%=test-matrix-%)
 
 test-matrix-%: $(MATRIX_VENVS)/%/.ready
 	TRITON_INTERPRET=1 $(TEST_ENV) $(<D)/bin/python -m pytest -q -p no:benchmark -n $(WORKERS) \
-		--dist worksteal $(MATRIX_TESTS)
+		--dist worksteal $(PAIRS_OPTION) $(MATRIX_TESTS)
 
 $(MATRIX_VENVS)/%/.ready: pyproject.toml Makefile
 	test -x $(@D)/bin/python || $(BOOTSTRAP) -m venv $(@D)

@@ -1,4 +1,4 @@
-"""Shared fixtures: hypothesis profile, backends, where the real preference pairs lie."""
+"""Shared fixtures: hypothesis profile, backends, the file of real preference pairs."""
 
 import math
 import os
@@ -30,7 +30,20 @@ hypothesis.settings.load_profile("repeatable")
 # what only modules without a kernel in them import
 OPTIONAL = {"accelerate", "datasets", "matplotlib", "peft", "tokenizers", "transformers", "trl"}
 
-REAL_PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "preference_pairs.jsonl"
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--real_pairs",
+        metavar="PATH",
+        help="conversational preference pairs (JSON lines: prompt, chosen, rejected), 300 or more, "
+        "for the tests on real input, which are skipped without it",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--real_pairs")
+    if path is not None and not Path(path).is_file():
+        raise pytest.UsageError(f"--real_pairs must be a file, got {path!r}")
 
 
 class OptionalModule(pytest.Module):
@@ -102,8 +115,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def real_pairs() -> Path:
-    """The file of real preference pairs, or a visible skip."""
-    if not REAL_PAIRS.is_file():
-        pytest.skip(f"{REAL_PAIRS.name} is not beside the project")
-    return REAL_PAIRS
+def real_pairs(request: pytest.FixtureRequest) -> Path:
+    """The file that ``--real_pairs`` names, or a visible skip."""
+    path = request.config.getoption("--real_pairs")
+    if path is None:
+        pytest.skip("needs --real_pairs PATH (make test REAL_PAIRS=PATH)")
+    return Path(path).resolve()

@@ -1,19 +1,14 @@
 """Tiny tokenizers, models and preference pairs for the trainer tests, all made on the spot."""
 
-import json
 import random
 from pathlib import Path
 
-import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spo_kernels.integrations import SPOConfig
-
-REAL_PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "preference_pairs.jsonl"
-needs_real_pairs = pytest.mark.skipif(not REAL_PAIRS.is_file(), reason=f"{REAL_PAIRS} is absent")
 
 TEMPLATE = (
     "{%- for message in messages -%}"
@@ -24,11 +19,6 @@ TEMPLATE = (
 SPECIAL = ["<|pad|>", "<|turn|>", "<|end|>", "<unk>"]
 NOUNS = "lamp river stone cloud engine window garden letter market bridge".split()
 ADJECTIVES = "red quick silent old bright heavy small distant".split()
-
-
-def real_pairs(count: int | None = None) -> list[dict]:
-    lines = REAL_PAIRS.read_text(encoding="utf-8").splitlines()[:count]
-    return [json.loads(line) for line in lines]
 
 
 def made_pairs(count: int, *, seed: int = 0, plain: bool = False) -> list[dict]:

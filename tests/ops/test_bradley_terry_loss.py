@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from spo_kernels import bradley_terry_loss
 from spo_kernels.reference.bradley_terry_loss import bradley_terry_loss_reference
 from tests.helpers.oracle import assert_within_budget
+from tests.helpers.refusals import REFUSAL, assert_no_fp64_on_triton, assert_refused, refusal
 
 BLOCK_P = 128
 CENTERS = [None, 0.01, 2.0]
@@ -245,92 +246,93 @@ def test_compile():
     assert all(torch.allclose(a, b) for a, b in zip(grads, expected_grads, strict=True))
 
 
-def test_errors(backend):
-    """Rows 5, 14, 26: one clear sentence for each mistake, before anything is allocated."""
-    name, device = backend
-    two, three = torch.zeros(2, device=device), torch.zeros(3, device=device)
+TWO, THREE = torch.zeros(2), torch.zeros(3)
 
-    def refuse(error, text, *args, **kwargs):
-        with pytest.raises(error) as raised:
-            bradley_terry_loss(*args, backend=name, **kwargs)
-        assert str(raised.value) == f"bradley_terry_loss: {text}"
-
-    def refuse_center(error, text, value):
-        text = f"center_rewards_coefficient must be a {text}"
-        refuse(error, text, two, two, center_rewards_coefficient=value)
-
-    refuse(
+REFUSALS = [
+    refusal(
         ValueError,
         "rejected_rewards must have shape [P] with P=2 like chosen_rewards, got (1,)",
-        *three.chunk(2),
-    )
-    refuse(
+        *THREE.chunk(2),
+    ),
+    refusal(
         ValueError,
         "rejected_rewards must have shape [P, 1] with P=2 like chosen_rewards, got (2,)",
-        two[:, None],
-        two,
-    )
-    for shape in ((1, 2), (2, 1, 1), ()):
-        refuse(
-            ValueError,
-            f"chosen_rewards must have shape [P] or [P, 1], got {shape}",
-            two.new_zeros(shape),
-            two.new_zeros(shape),
-        )
-    # TRL would broadcast this to [P, P]
-    refuse(
+        TWO[:, None],
+        TWO,
+    ),
+    refusal(
         ValueError,
         "margins must have shape [P] with P=2, got (2, 1)",
-        two[:, None],
-        two[:, None],
-        two[:, None],
-    )
-    refuse(TypeError, "rejected_rewards must be a tensor, got list", two, [0.0, 0.0])
-    refuse(TypeError, "margins must be a tensor, got float", two, two, 1.0)
-    refuse(
+        TWO[:, None],
+        TWO[:, None],
+        TWO[:, None],
+    ),
+    refusal(TypeError, "rejected_rewards must be a tensor, got list", TWO, [0.0, 0.0]),
+    refusal(TypeError, "margins must be a tensor, got float", TWO, TWO, 1.0),
+    refusal(
         TypeError,
         "rejected_rewards must have dtype float32 like chosen_rewards, got float16",
-        two,
-        two.half(),
-    )
-    refuse(
+        TWO,
+        TWO.half(),
+    ),
+    refusal(
         TypeError,
         "margins must have dtype bfloat16, float16, float32, float64, got int64",
-        two,
-        two,
-        two.long(),
-    )
-    refuse(
+        TWO,
+        TWO,
+        TWO.long(),
+    ),
+    refusal(
         ValueError,
-        f"margins must be on {two.device} like chosen_rewards, got meta",
-        two,
-        two,
-        two.to("meta"),
-    )
-    refuse_center(ValueError, "finite float >= 0, got -0.1", -0.1)
-    refuse_center(ValueError, "finite float >= 0, got nan", math.nan)
-    refuse_center(ValueError, "finite float >= 0, got inf", math.inf)
-    refuse_center(TypeError, "Python float, got Tensor", two[0])
-    refuse_center(TypeError, "Python float, got str", "0.1")
-    if name == "triton":
-        for argument in ("chosen_rewards", "margins"):
-            tensor = two.double() if argument == "chosen_rewards" else two
-            refuse(
-                TypeError,
-                f"{argument} must have dtype bfloat16, float16, float32 on backend='triton', "
-                "got float64. Use backend='torch'.",
-                tensor,
-                tensor,
-                two.double(),
-            )
+        "margins must be on {device} like chosen_rewards, got meta",
+        TWO,
+        TWO,
+        TWO.to("meta"),
+    ),
+    *(
+        refusal(
+            ValueError,
+            f"chosen_rewards must have shape [P] or [P, 1], got {shape}",
+            torch.zeros(shape),
+            torch.zeros(shape),
+        )
+        for shape in ((1, 2), (2, 1, 1), ())
+    ),
+    *(
+        refusal(
+            error,
+            f"center_rewards_coefficient must be a {text}, got {got}",
+            TWO,
+            TWO,
+            center_rewards_coefficient=value,
+        )
+        for error, text, got, value in (
+            (ValueError, "finite float >= 0", -0.1, -0.1),
+            (ValueError, "finite float >= 0", "nan", math.nan),
+            (ValueError, "finite float >= 0", "inf", math.inf),
+            (TypeError, "Python float", "Tensor", TWO[0]),
+            (TypeError, "Python float", "str", "0.1"),
+        )
+    ),
+    refusal(
+        ValueError,
+        "backend must be one of 'auto', 'torch', 'triton', got 'cuda'",
+        TWO,
+        TWO,
+        backend="cuda",
+    ),
+]
 
 
-def test_errors_of_the_backend():
-    two = torch.zeros(2)
-    with pytest.raises(ValueError) as raised:
-        bradley_terry_loss(two, two, backend="cuda")
-    text = "bradley_terry_loss: backend must be one of 'auto', 'torch', 'triton', got 'cuda'"
-    assert str(raised.value) == text
+@pytest.mark.parametrize(REFUSAL, REFUSALS)
+def test_errors(backend, error, text, args, settings):
+    """Shapes, dtypes, devices, settings: one sentence for each mistake."""
+    assert_refused(bradley_terry_loss, backend, error, text, args, settings)
+
+
+@pytest.mark.parametrize("fields", [("chosen_rewards", "rejected_rewards"), ("margins",)], ids=str)
+def test_no_fp64_on_triton(backend, fields):
+    assert_no_fp64_on_triton(bradley_terry_loss, backend, make_rewards(2), *fields)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,10 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-import spo_kernels
 from spo_kernels import degree_loss
 from spo_kernels.reference.degree_loss import degree_loss_reference
 from tests.helpers.oracle import assert_within_budget
+from tests.helpers.refusals import REFUSAL, assert_no_fp64_on_triton, assert_refused, refusal
 
 BLOCK_N, BLOCK_H = 32, 128
 GRADS = ("grad_hidden", "grad_head_weight", "grad_head_bias")
@@ -321,75 +321,62 @@ def test_compile():
     assert all(torch.allclose(a, b) for a, b in zip(grads, eager_grads, strict=True))
 
 
-def test_errors(backend):
-    """Rows 14, 26: one clear sentence for each mistake, before anything is allocated."""
-    name, device = backend
-    good = {n: t.to(device) for n, t in make_batch([3, 2], 8, 4).items()}
+GOOD = make_batch([3, 2], 8, 4)
 
-    def refuse(error, text, **changed):
-        with pytest.raises(error) as raised:
-            degree_loss(**{**good, **changed}, backend=name)
-        assert str(raised.value) == f"degree_loss: {text}"
-
-    hidden, levels, weight = good["hidden"], good["removal_levels"], good["head_weight"]
-    refuse(ValueError, "hidden must have shape [N, H], got (1, 5, 8)", hidden=hidden[None])
-    refuse(
+REFUSALS = [
+    refusal(
+        ValueError, "hidden must have shape [N, H], got (1, 5, 8)", hidden=GOOD["hidden"][None]
+    ),
+    refusal(
         ValueError,
         "removal_levels must have shape [N] with N=5, got (4,)",
-        removal_levels=levels[:4],
-    )
-    refuse(
+        removal_levels=GOOD["removal_levels"][:4],
+    ),
+    refusal(
         TypeError,
         "removal_levels must have dtype int8, got int64",
-        removal_levels=levels.long(),
-    )
-    refuse(
+        removal_levels=GOOD["removal_levels"].long(),
+    ),
+    refusal(
         ValueError,
         "segment_offsets must have shape [S + 1], got (0,)",
-        segment_offsets=good["segment_offsets"][:0],
-    )
-    refuse(
+        segment_offsets=GOOD["segment_offsets"][:0],
+    ),
+    refusal(
         ValueError,
         "head_weight must have shape [K, H] with H=8, got (4, 7)",
-        head_weight=weight[:, :7],
-    )
-    refuse(
+        head_weight=GOOD["head_weight"][:, :7],
+    ),
+    refusal(
         ValueError,
         "head_weight must have 2 to 16 rows (degrees K), got 1",
-        head_weight=weight[:1],
-    )
-    refuse(
+        head_weight=GOOD["head_weight"][:1],
+    ),
+    refusal(
         RuntimeError,
         "head_weight must hold [K, H] elements with H=8, got 0 elements (0,). "
         "A sharded head must be gathered first (ZeRO-3: GatheredParameters).",
-        head_weight=weight.new_empty(0),
-    )
-    refuse(
+        head_weight=GOOD["head_weight"].new_empty(0),
+    ),
+    refusal(
         ValueError,
         "head_bias must have shape [K] with K=4, got (3,)",
-        head_bias=good["head_bias"][:3],
-    )
-    refuse(
+        head_bias=GOOD["head_bias"][:3],
+    ),
+    refusal(
         ValueError,
-        f"removal_levels must be on {hidden.device} like hidden, got meta",
-        removal_levels=levels.to("meta"),
-    )
-    refuse(TypeError, "center_views must be a bool, got int", center_views=1)
-    if name == "triton":
-        refuse(
-            TypeError,
-            "hidden must have dtype bfloat16, float16, float32 on backend='triton', got float64. "
-            "Use backend='torch'.",
-            hidden=hidden.double(),
-        )
+        "removal_levels must be on {device} like hidden, got meta",
+        removal_levels=GOOD["removal_levels"].to("meta"),
+    ),
+    refusal(TypeError, "center_views must be a bool, got int", center_views=1),
+]
 
 
-def test_public_name():
-    """The op and its output type are the package's."""
-    assert spo_kernels.degree_loss is degree_loss
-    assert spo_kernels.DegreeLossOutput._fields == (
-        "losses",
-        "correct_views",
-        "counted_views",
-        "view_mask",
-    )
+@pytest.mark.parametrize(REFUSAL, REFUSALS)
+def test_errors(backend, error, text, args, settings):
+    """Shapes, dtypes, devices, settings: one sentence for each mistake."""
+    assert_refused(degree_loss, backend, error, text, args, GOOD | settings)
+
+
+def test_no_fp64_on_triton(backend):
+    assert_no_fp64_on_triton(degree_loss, backend, GOOD, "hidden")

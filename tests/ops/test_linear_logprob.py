@@ -39,7 +39,7 @@ def test_forward(backend, strategy, needs, dtype, options, poisoned_empty):
 @example(rows=130, H=31, V=1025)
 @example(rows=17, H=123, V=4099)
 def test_gradients(backend, rows, H, V):
-    """Ragged shapes (fault 7), no bias, no LoRA: resident, recompute and direction agree."""
+    """Sizes that are no multiple of a tile, no bias, no LoRA: all strategies are right."""
     name, device = backend
     if backend == ("triton", "cpu"):
         V = min(V, 1025)
@@ -67,9 +67,9 @@ def test_upstream_gradients(backend, arrives, softcap):
 
 @pytest.mark.parametrize("mask", range(1, 32))
 def test_needs_input_grad(backend, mask):
-    """Fault 21: any subset of inputs may need a gradient; the others get none."""
+    """Any subset of inputs may need a gradient; frozen ones get none."""
     name, device = backend
-    if name == "triton" and mask % 5:
+    if backend == ("triton", "cpu") and mask % 5:
         pytest.skip("a fifth of the subsets under the interpreter")
     case = make_case(rows=20, H=16, V=90, device=device, bias=True, lora=True)
     needs = tuple(t for i, t in enumerate(case.tensors) if mask >> i & 1)
@@ -79,17 +79,41 @@ def test_needs_input_grad(backend, mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("peaked", [False, True], ids=["random", "peaked"])
 def test_accuracy_bars(backend, dtype, peaked):
-    """The bars of the accuracy table: N 512, H 256, V 8192 (smaller when interpreted)."""
+    """README's accuracy bars at N 512, H 256, V 8192 (smaller when interpreted)."""
     name, device = backend
     rows, H, V = (64, 64, 1024) if backend == ("triton", "cpu") else (512, 256, 8192)
     case = make_case(rows=rows, H=H, V=V, dtype=dtype, device=device, peaked=peaked, ignored=0.0)
     oracle, oracle_grads = case.evaluate("oracle", ("hidden", "weight"))
-    logps_bar, mean_bar = 2e-5, 1e-6
+    # the bias is what a long sum of log-probs keeps of the error, its mean size what it averages
+    logps_bar, mean_bar, bias_bar = 2e-5, 5e-6, 1e-6
     grad_bar = {torch.float32: 2e-6, torch.bfloat16: 2.7e-3, torch.float16: 3.3e-4}[dtype]
     if backend == ("triton", "cpu"):
         # the bars were measured on the full shape; a small sample scatters around them
         grad_bar *= 1.05
+    for strategy, needs in (
+        ("direction", ("hidden",)),
+        ("resident", ("hidden", "weight")),
+        ("recompute", ("hidden", "weight")),
+    ):
+        out, grads = case.evaluate("op", needs, strategy=strategy, backend=name)
+        error = out["logps"].double() - oracle["logps"]
+        assert error.abs().max() <= logps_bar
+        assert error.abs().mean() <= mean_bar
+        assert error.mean().abs() <= bias_bar
+        for key in needs:
+            mine = relative_norm(grads[key], oracle_grads[key])
+            assert mine <= grad_bar, f"{strategy} grad_{key}: {mine:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("peaked", [False, True], ids=["random", "peaked"])
+def test_no_worse_than_trl(backend, dtype, peaked):
+    """Log-probs and gradients beside TRL's own chunked function on the same tensors."""
+    name, device = backend
+    case = make_case(rows=64, H=64, V=1024, dtype=dtype, device=device, peaked=peaked, ignored=0.0)
     trl_logps, trl_grads = run_trl(case)
+    oracle, oracle_grads = case.evaluate("oracle", ("hidden", "weight"))
+    trl_error = (trl_logps.double() - oracle["logps"]).abs().max()
     for strategy, needs in (
         ("direction", ("hidden",)),
         ("resident", ("hidden", "weight")),
@@ -97,13 +121,9 @@ def test_accuracy_bars(backend, dtype, peaked):
     ):
         out, grads = case.evaluate("op", needs, strategy=strategy, backend=name)
         error = (out["logps"].double() - oracle["logps"]).abs().max()
-        assert error <= logps_bar
-        assert (out["logps"].double() - oracle["logps"]).mean().abs() <= mean_bar
-        trl_error = (trl_logps.double() - oracle["logps"]).abs().max()
         assert error <= trl_error * 1.5 + 2e-6
         for key in needs:
             mine = relative_norm(grads[key], oracle_grads[key])
-            assert mine <= grad_bar, f"{strategy} grad_{key}: {mine:.2e}"
             theirs = relative_norm(trl_grads[key], oracle_grads[key])
             if dtype != torch.float32:
                 # where logits are small both are left with the rounding of the same tile
@@ -146,7 +166,7 @@ def test_direction_does_not_cancel(backend):
 
 
 def test_agrees_with_itself(backend):
-    """Fault 32: a row's log-prob has the same bits in every strategy, batch split and budget."""
+    """A row's log-prob has the same bits in every strategy, batch split and budget."""
     name, device = backend
     case = make_case(rows=70, H=48, V=9000 if name == "torch" else 700, device=device, ignored=0.0)
     whole = case.evaluate("op", (), backend=name)[0]["logps"]
@@ -167,7 +187,7 @@ def test_agrees_with_itself(backend):
 
 @pytest.mark.parametrize("strategy", ["direction", "resident", "recompute"])
 def test_repeatable(backend, strategy):
-    """Faults 15, 19, 33: runs are bit-equal, gradients linear in g, a second backward repeats."""
+    """Runs are bit-equal, gradients linear in g, a second backward repeats the first."""
     name, device = backend
     case = make_case(rows=33, H=20, V=333, device=device)
     needs = ("hidden",) if strategy == "direction" else ("hidden", "weight")

@@ -8,14 +8,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from spo_kernels import listwise_preference_loss
 from spo_kernels.calls.loss_table import LISTWISE_LOSS_TYPES, LISTWISE_PARAMETERS
-from spo_kernels.ops.listwise_preference_loss import (
-    ListwisePreferenceLossOutput,
-    listwise_preference_loss,
-)
 from spo_kernels.reference.listwise_preference_loss import listwise_preference_loss_reference
 from tests.helpers.oracle import assert_within_budget
 from tests.helpers.range_cases import ends_of
+from tests.helpers.refusals import REFUSAL, assert_no_fp64_on_triton, assert_refused, refusal
 
 NAMES = tuple(row.name for row in LISTWISE_LOSS_TYPES)
 NDCG, PAIRS = ("neural_ndcg", "approx_ndcg"), ("lipo_lambda", "all_pairs", "best_vs_rest")
@@ -159,7 +157,6 @@ def test_reference_and_table(backend):
         assert out.losses.item() == pytest.approx(sp(-0.4), rel=1e-6)
 
     assert {row.name for row in LISTWISE_PARAMETERS} == {"beta", "ndcg_temperature", "ndcg_alpha"}
-    assert ListwisePreferenceLossOutput._fields == ("losses", "rewards", "counted")
     if name == "triton":
         return
     logps, labels, ref_logps, mask = make_lists(2, 5, dtype=torch.float64, seed=3, masked=True)
@@ -382,59 +379,98 @@ def test_compile():
     torch.testing.assert_close(*grads)
 
 
-def test_errors(backend):
-    """Rows 14, 26: one clear sentence for each mistake, before anything is allocated."""
-    name, device = backend
-    lists = torch.zeros(2, 3, device=device)
+LISTS = torch.zeros(2, 3)
 
-    def refuse(error, text, *args, **kwargs):
-        with pytest.raises(error) as raised:
-            listwise_preference_loss(*args, backend=name, **kwargs)
-        assert str(raised.value) == f"listwise_preference_loss: {text}"
-
-    refuse(ValueError, "logps must have shape [B, K], got (3,)", lists[0], lists[0])
-    for K in (1, 65):
-        wide = torch.zeros(2, K, device=device)
-        text = f"logps must have 2 to 64 columns (responses K), got {K}"
-        refuse(ValueError, text, wide, wide)
-    text = "must have shape [B, K] with B=2, K=3 like logps, got (2, 2)"
-    refuse(ValueError, f"labels {text}", lists, lists[:, :2])
-    refuse(ValueError, f"ref_logps {text}", lists, lists, lists[:, :2])
-    refuse(ValueError, f"mask {text}", lists, lists, mask=lists[:, :2] > 0)
-    refuse(
+REFUSALS = [
+    refusal(ValueError, "logps must have shape [B, K], got (3,)", LISTS[0], LISTS[0]),
+    refusal(
+        ValueError,
+        "labels must have shape [B, K] with B=2, K=3 like logps, got (2, 2)",
+        LISTS,
+        LISTS[:, :2],
+    ),
+    refusal(
+        ValueError,
+        "ref_logps must have shape [B, K] with B=2, K=3 like logps, got (2, 2)",
+        LISTS,
+        LISTS,
+        LISTS[:, :2],
+    ),
+    refusal(
+        ValueError,
+        "mask must have shape [B, K] with B=2, K=3 like logps, got (2, 2)",
+        LISTS,
+        LISTS,
+        mask=LISTS[:, :2] > 0,
+    ),
+    refusal(
         ValueError,
         "loss_type must be one of 'all_pairs', 'approx_ndcg', 'best_vs_rest', 'lipo_lambda', "
         "'list_mle', 'neural_ndcg', got 'ndcg'",
-        lists,
-        lists,
+        LISTS,
+        LISTS,
         loss_type="ndcg",
-    )
-    refuse(ValueError, "beta must be a finite float > 0, got 0", lists, lists, beta=0)
-    for parameter in LISTWISE_PARAMETERS:
-        for value in ends_of("(0, inf)")[0]:
-            text = f"{parameter.name} must be a finite float > 0, got {value}"
-            refuse(ValueError, text, lists, lists, **{parameter.name: value})
-        text = f"{parameter.name} must be a Python float, got Tensor"
-        refuse(TypeError, text, lists, lists, **{parameter.name: lists[0, 0]})
-    refuse(TypeError, "labels must be a tensor, got list", lists, [[0.0] * 3] * 2)
-    floats = "bfloat16, float16, float32, float64"
-    refuse(TypeError, f"labels must have dtype {floats}, got int64", lists, lists.long())
-    refuse(TypeError, "mask must have dtype bool, got float32", lists, lists, mask=lists)
-    refuse(
+    ),
+    refusal(ValueError, "beta must be a finite float > 0, got 0", LISTS, LISTS, beta=0),
+    refusal(TypeError, "labels must be a tensor, got list", LISTS, [[0.0] * 3] * 2),
+    refusal(
+        TypeError,
+        "labels must have dtype bfloat16, float16, float32, float64, got int64",
+        LISTS,
+        LISTS.long(),
+    ),
+    refusal(TypeError, "mask must have dtype bool, got float32", LISTS, LISTS, mask=LISTS),
+    refusal(
         ValueError,
-        f"labels must be on {lists.device} like logps, got meta",
-        lists,
-        lists.to("meta"),
-    )
-    if name == "triton":
-        for field in ("logps", "labels", "ref_logps"):
-            tensors = {"logps": lists, "labels": lists, "ref_logps": lists}
-            refuse(
-                TypeError,
-                f"{field} must have dtype bfloat16, float16, float32 on backend='triton', "
-                "got float64. Use backend='torch'.",
-                **{**tensors, field: lists.double()},
-            )
-    else:
-        out = listwise_preference_loss(lists.double(), lists, backend=name)
-        assert out.losses.dtype == out.rewards.dtype == torch.float64
+        "labels must be on {device} like logps, got meta",
+        LISTS,
+        LISTS.to("meta"),
+    ),
+    *(
+        refusal(
+            ValueError,
+            f"logps must have 2 to 64 columns (responses K), got {K}",
+            torch.zeros(2, K),
+            torch.zeros(2, K),
+        )
+        for K in (1, 65)
+    ),
+    *(
+        refusal(
+            ValueError,
+            f"{parameter.name} must be a finite float > 0, got {value}",
+            LISTS,
+            LISTS,
+            **{parameter.name: value},
+        )
+        for parameter in LISTWISE_PARAMETERS
+        for value in ends_of("(0, inf)")[0]
+    ),
+    *(
+        refusal(
+            TypeError,
+            f"{parameter.name} must be a Python float, got Tensor",
+            LISTS,
+            LISTS,
+            **{parameter.name: LISTS[0, 0]},
+        )
+        for parameter in LISTWISE_PARAMETERS
+    ),
+]
+
+
+@pytest.mark.parametrize(REFUSAL, REFUSALS)
+def test_errors(backend, error, text, args, settings):
+    """Shapes, dtypes, devices, settings: one sentence for each mistake."""
+    assert_refused(listwise_preference_loss, backend, error, text, args, settings)
+
+
+@pytest.mark.parametrize("fields", [("logps",), ("labels",), ("ref_logps",)], ids=str)
+def test_no_fp64_on_triton(backend, fields):
+    tensors = dict.fromkeys(("logps", "labels", "ref_logps"), LISTS)
+    assert_no_fp64_on_triton(listwise_preference_loss, backend, tensors, *fields)
+
+
+def test_fp64_on_torch():
+    out = listwise_preference_loss(LISTS.double(), LISTS, backend="torch")
+    assert out.losses.dtype == out.rewards.dtype == torch.float64

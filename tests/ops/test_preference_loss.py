@@ -90,88 +90,101 @@ def test_parameters(backend, settings):
     compare(backend, tensors, upstream, **inputs, **settings)
 
 
-def test_reference_and_table(backend):
-    """The oracle has the values computed by hand, and every row of the table is served."""
-    device = backend[1]
-    c, r = torch.tensor([-2.0], dtype=torch.float64), torch.tensor([-7.0], dtype=torch.float64)
-    lengths = {"chosen_lengths": torch.tensor([4]), "rejected_lengths": torch.tensor([2])}
+# the pair of the numbers below: log-probs -2 and -7, and what some types read beside them
+PAIR = {"chosen_logps": [-2.0], "rejected_logps": [-7.0]}
+PAIR_COUNTS = {"chosen_lengths": [4], "rejected_lengths": [2]}
+PAIR_REWARDS = {"reward_chosen": [0.0], "reward_rejected": [1.0]}
+RESPONSE = {"response_logps": [-3.0], "ref_response_logps": [-1.0]}
+RESPONSE_COUNTS = {"response_lengths": [6]}
 
-    def sp(t):
-        return math.log1p(math.exp(t))
 
-    def s(t):
-        return 1 / (1 + math.exp(-t))
+def sp(t):
+    return math.log1p(math.exp(t))
 
-    def odds(t):
-        return t - math.log(1 - math.exp(t))
 
-    # beta 0.1, so m = 0.5, beta c = -0.2, beta r = -0.7; label smoothing 0.1
-    by_hand = {
-        "sigmoid": sp(-0.5),
-        "hinge": 0.5,
-        # -2 / 4 + 7 / 2 - 1 / 0.2
-        "ipo": 2.0**2,
-        "exo_pair": s(0.5) * math.log(s(0.5) / 0.9) + s(-0.5) * math.log(s(-0.5) / 0.1),
-        "nca_pair": sp(0.2) + 0.5 * sp(-0.2) + 0.5 * sp(-0.7),
-        "robust": (0.9 * sp(-0.5) - 0.1 * sp(0.5)) / 0.8,
-        "bco_pair": sp(0.2) + sp(-0.7),
-        # (-2 - 5)^2 + (-7 + 5)^2
-        "sppo_hard": 53.0,
-        "aot": 0.9 * sp(-0.5) + 0.1 * sp(0.5),
-        "aot_unpaired": 0.9 * sp(-0.5) + 0.1 * sp(0.5),
-        "apo_zero": s(0.2) + s(-0.7),
-        "apo_down": s(-0.2) + s(-0.5),
-        "discopop": s(-10) * sp(-0.5) + s(10) * math.exp(-0.5),
-        # 0.1 (-2 / 4 + 7 / 2)
-        "sigmoid_norm": sp(-0.3),
-        "cpo": 0.9 * sp(-0.5) + 0.1 * sp(0.5),
-        "cell": 0.5 * math.exp(-0.5) + 0.5 * sp(-0.5),
-        "padll": 0.9 * sp(-0.5),
-        "pfl": 0.5 * sp(-0.5),
-        # one pair is its own mean: u = 10
-        "aql": s(0.5 + 0.01 * (s(10) - 0.5) - 10) * sp(-0.5) + s(9.5 - 0.01 * (s(10) - 0.5)) * 0.5,
-        "aqfl": s(0.1 * (10 - 0.05 * s(10))) * sp(-0.5) + s(-0.1 * (10 - 0.05 * s(10))) * 0.5,
-        "dbaql": 0.5 * sp(-0.5 / 0.9) + 0.5 * math.exp(-0.45),
-        # tau = 0.5 / 0.943443 = 0.529974
-        "ada_dpo": 0.529974 * sp(-0.5 / 0.529974) + (0.1 - math.log(2)) * 0.529974,
-        "dual_clip": sp(-0.5),
-        # both lengths are of one pair: the mean over its tokens
-        "sft": 0.5,
-        "rpo": 2.0,
-        "rpo_mean": 0.5,
-        # z = 0.1 (-0.5 + 3.5) - 0.5
-        "simpo": 0.9 * sp(0.2) + 0.1 * sp(-0.2),
-        "orpo": 0.1 * sp(odds(-3.5) - odds(-0.5)),
-        # rewards 0 and 1: (2 + 7 e) / 6
-        "rwr": (2 + 7 * math.e) / 6,
-        # response 3, reference 1, 6 tokens
-        "selm": -0.2,
-        "nll": 0.5,
-    }
-    g_c, g_r = ((1 - math.exp(-0.25 * t)) / 0.25 for t in (-0.5, -3.5))
-    z = 0.1 * (g_c - g_r) - 0.5
-    by_hand["alphapo"] = 0.9 * sp(-z) + 0.1 * sp(z)
-    taus = [0.1 + i * 1e-5 for i in range(390_000)]
-    by_hand["ada_dpo_quadratic"] = min(t * (sp(-0.5 / t) + 0.1 * t - math.log(2)) for t in taus)
-    assert set(by_hand) == set(LOSS_TYPE_NAMES)
-    for name, value in by_hand.items():
-        extra = {"reward_chosen": torch.zeros(1), "reward_rejected": torch.ones(1)}
-        if "response" in loss_type_of(name).inputs:
-            extra |= {
-                "response_logps": torch.tensor([-3.0], dtype=torch.float64),
-                "ref_response_logps": torch.tensor([-1.0], dtype=torch.float64),
-                "response_lengths": torch.tensor([6]),
-            }
-        given = {**lengths, **extra}
-        out = preference_loss_reference(c, r, loss_type=name, **given, **OPTIONS)
-        assert out["losses"].item() == pytest.approx(value, rel=2e-6), name
-        given = {
-            n: t.to(device, torch.float32 if t.dtype.is_floating_point else t.dtype)
-            for n, t in (("chosen_logps", c), ("rejected_logps", r), *given.items())
+def s(t):
+    return 1 / (1 + math.exp(-t))
+
+
+def odds(t):
+    return t - math.log(1 - math.exp(t))
+
+
+# beta 0.1, so m = 0.5, beta c = -0.2, beta r = -0.7; label smoothing 0.1
+BY_HAND = {
+    "sigmoid": sp(-0.5),
+    "hinge": 0.5,
+    # -2 / 4 + 7 / 2 - 1 / 0.2
+    "ipo": 2.0**2,
+    "exo_pair": s(0.5) * math.log(s(0.5) / 0.9) + s(-0.5) * math.log(s(-0.5) / 0.1),
+    "nca_pair": sp(0.2) + 0.5 * sp(-0.2) + 0.5 * sp(-0.7),
+    "robust": (0.9 * sp(-0.5) - 0.1 * sp(0.5)) / 0.8,
+    "bco_pair": sp(0.2) + sp(-0.7),
+    # (-2 - 5)^2 + (-7 + 5)^2
+    "sppo_hard": 53.0,
+    "aot": 0.9 * sp(-0.5) + 0.1 * sp(0.5),
+    "aot_unpaired": 0.9 * sp(-0.5) + 0.1 * sp(0.5),
+    "apo_zero": s(0.2) + s(-0.7),
+    "apo_down": s(-0.2) + s(-0.5),
+    "discopop": s(-10) * sp(-0.5) + s(10) * math.exp(-0.5),
+    # 0.1 (-2 / 4 + 7 / 2)
+    "sigmoid_norm": sp(-0.3),
+    "cpo": 0.9 * sp(-0.5) + 0.1 * sp(0.5),
+    "cell": 0.5 * math.exp(-0.5) + 0.5 * sp(-0.5),
+    "padll": 0.9 * sp(-0.5),
+    "pfl": 0.5 * sp(-0.5),
+    # one pair is its own mean: u = 10
+    "aql": s(0.5 + 0.01 * (s(10) - 0.5) - 10) * sp(-0.5) + s(9.5 - 0.01 * (s(10) - 0.5)) * 0.5,
+    "aqfl": s(0.1 * (10 - 0.05 * s(10))) * sp(-0.5) + s(-0.1 * (10 - 0.05 * s(10))) * 0.5,
+    "dbaql": 0.5 * sp(-0.5 / 0.9) + 0.5 * math.exp(-0.45),
+    # tau = 0.5 / 0.943443 = 0.529974
+    "ada_dpo": 0.529974 * sp(-0.5 / 0.529974) + (0.1 - math.log(2)) * 0.529974,
+    "dual_clip": sp(-0.5),
+    # both lengths are of one pair: the mean over its tokens
+    "sft": 0.5,
+    "rpo": 2.0,
+    "rpo_mean": 0.5,
+    # z = 0.1 (-0.5 + 3.5) - 0.5
+    "simpo": 0.9 * sp(0.2) + 0.1 * sp(-0.2),
+    "orpo": 0.1 * sp(odds(-3.5) - odds(-0.5)),
+    # rewards 0 and 1: (2 + 7 e) / 6
+    "rwr": (2 + 7 * math.e) / 6,
+    # response 3, reference 1, 6 tokens
+    "selm": -0.2,
+    "nll": 0.5,
+}
+g_c, g_r = ((1 - math.exp(-0.25 * t)) / 0.25 for t in (-0.5, -3.5))
+z = 0.1 * (g_c - g_r) - 0.5
+BY_HAND["alphapo"] = 0.9 * sp(-z) + 0.1 * sp(z)
+taus = [0.1 + i * 1e-5 for i in range(390_000)]
+BY_HAND["ada_dpo_quadratic"] = min(t * (sp(-0.5 / t) + 0.1 * t - math.log(2)) for t in taus)
+
+
+def test_every_type_has_a_value_by_hand():
+    assert set(BY_HAND) == set(LOSS_TYPE_NAMES)
+
+
+@pytest.mark.parametrize("name", LOSS_TYPE_NAMES)
+def test_by_hand(backend, name):
+    """The oracle and the op have the value computed by hand."""
+    floats, counts = PAIR | PAIR_REWARDS, dict(PAIR_COUNTS)
+    if "response" in loss_type_of(name).inputs:
+        floats, counts = floats | RESPONSE, counts | RESPONSE_COUNTS
+    settings = {"loss_type": name, **OPTIONS}
+
+    def given(dtype, device):
+        tensors = {
+            n: torch.tensor(value, dtype=dtype, device=device) for n, value in floats.items()
         }
-        out = preference_loss(**given, loss_type=name, **OPTIONS, backend=backend[0])
-        assert out.losses.item() == pytest.approx(value, rel=2e-6), name
+        return tensors | {n: torch.tensor(value, device=device) for n, value in counts.items()}
 
+    out = preference_loss_reference(**given(torch.float64, "cpu"), **settings)
+    assert out["losses"].item() == pytest.approx(BY_HAND[name], rel=2e-6)
+    out = preference_loss(**given(torch.float32, backend[1]), **settings, backend=backend[0])
+    assert out.losses.item() == pytest.approx(BY_HAND[name], rel=2e-6)
+
+
+def test_docstring_and_signature_hold_the_table():
     doc = " ".join(preference_loss.__doc__.split())
     signature = inspect.signature(preference_loss).parameters
     for row in LOSS_TYPES:
@@ -182,25 +195,25 @@ def test_reference_and_table(backend):
 
 
 @pytest.mark.parametrize("form", ["sums", "rows", "offsets"])
-def test_gradcheck(form):
+@pytest.mark.parametrize("names", MIXES, ids=lambda names: "+".join(names)[:40])
+def test_gradcheck(form, names):
     """The torch backend and the reference have each other's value and derivative, in fp64."""
-    for names in MIXES:
-        tensors, inputs = make_case(names, 4, form=form, dtype=torch.float64, seed=7, extras=True)
-        # WPO's weights depend on the log-probs, but have no gradient
-        weighed = inputs
-        inputs = {name: value for name, value in inputs.items() if "sum_sq" not in name}
-        leaves = leaves_of(tensors)
-        mine = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        values = []
-        for call in (preference_loss_reference, preference_loss):
+    tensors, inputs = make_case(names, 4, form=form, dtype=torch.float64, seed=7, extras=True)
+    # WPO's weights depend on the log-probs, but have no gradient
+    weighed = inputs
+    inputs = {name: value for name, value in inputs.items() if "sum_sq" not in name}
+    leaves = leaves_of(tensors)
+    mine = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    values = []
+    for call in (preference_loss_reference, preference_loss):
 
-            def losses(*args, call=call, leaves=leaves, mine=mine, names=names, inputs=inputs):
-                given = {**leaves, **dict(zip(mine, args, strict=True))}
-                out = call(**given, **inputs, loss_type=names, **OPTIONS)
-                return out["losses"] if isinstance(out, dict) else out.losses
+        def losses(*args, call=call, inputs=inputs):
+            given = {**leaves, **dict(zip(mine, args, strict=True))}
+            out = call(**given, **inputs, loss_type=names, **OPTIONS)
+            return out["losses"] if isinstance(out, dict) else out.losses
 
-            policy = [leaves[name] for name in mine]
-            assert torch.autograd.gradcheck(losses, policy), (names, call)
-            values.append(losses(*policy, inputs=weighed).detach())
-        # an oracle with a constant in fp32 would be no oracle
-        torch.testing.assert_close(*values, rtol=1e-11, atol=1e-11, msg=str(names))
+        policy = [leaves[name] for name in mine]
+        assert torch.autograd.gradcheck(losses, policy), call
+        values.append(losses(*policy, inputs=weighed).detach())
+    # an oracle with a constant in fp32 would be no oracle
+    torch.testing.assert_close(*values, rtol=1e-11, atol=1e-11)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import spo_kernels
 from spo_kernels import preference_loss
 from spo_kernels.calls.loss_table import (
     LOSS_TYPE_NAMES,
@@ -18,6 +17,7 @@ from spo_kernels.calls.loss_table import (
 from spo_kernels.reference.preference_loss import preference_loss_reference
 from tests.helpers.preference_cases import BLOCK_P, MIXES, OPTIONS, leaves_of, make_case, rows_of
 from tests.helpers.range_cases import ends_of
+from tests.helpers.refusals import REFUSAL, assert_no_fp64_on_triton, assert_refused, refusal
 
 TYPES = [(name,) for name in LOSS_TYPE_NAMES]
 ALL = MIXES[-2]
@@ -334,224 +334,289 @@ def test_many_pairs_of_a_batch_type(backend):
         )
 
 
-def test_errors(backend):
-    """Rows 5, 14, 26: one clear sentence for each mistake, before anything is allocated."""
-    name, device = backend
-    two, three = torch.zeros(2, device=device), torch.zeros(3, device=device)
-    count = torch.ones(2, dtype=torch.int64, device=device)
+# arguments of the refusals below, moved to a test's device
+TWO, THREE, TOKENS = torch.zeros(2), torch.zeros(3), torch.zeros(2, 3)
+COUNT = torch.ones(2, dtype=torch.int64)
+NAMES = ", ".join(repr(name) for name in sorted(LOSS_TYPE_NAMES))
 
-    names = ", ".join(repr(n) for n in sorted(LOSS_TYPE_NAMES))
-
-    def refuse(error, text, *args, **kwargs):
-        with pytest.raises(error) as raised:
-            preference_loss(*args, backend=name, **kwargs)
-        assert str(raised.value) == f"preference_loss: {text}"
-
-    refuse(
+SHAPES_AND_DTYPES = [
+    refusal(
         ValueError,
         "rejected_logps must have shape [P] with P=2 like chosen_logps, got (1,). "
         "A chosen/rejected batch must be even, got B=3.",
-        *three.chunk(2),
-    )
-    refuse(
+        *THREE.chunk(2),
+    ),
+    refusal(
         ValueError,
         "ref_chosen_logps must have shape [P] with P=2 like chosen_logps, got (3,)",
-        two,
-        two,
-        three,
-        three,
-    )
-    refuse(
+        TWO,
+        TWO,
+        THREE,
+        THREE,
+    ),
+    refusal(
         ValueError,
         "chosen_logps must have shape [P] (sums) or [P, T] (token log-probs), got (1, 1, 2)",
-        two[None, None],
-        two,
-    )
-    refuse(
+        TWO[None, None],
+        TWO,
+    ),
+    refusal(
         ValueError,
         "ref_rejected_logps must be given where ref_chosen_logps is, got None",
-        *[two] * 3,
-    )
-    refuse(
+        *[TWO] * 3,
+    ),
+    refusal(
         ValueError,
-        f"loss_type must be one of {names}, got 'dpo'",
-        two,
-        two,
-        loss_type="dpo",
-    )
-    refuse(
+        "ref_chosen_logps must have shape (2, 3) like chosen_logps, got (2, 2)",
+        TOKENS,
+        TOKENS,
+        TOKENS[:, :2],
+        TOKENS,
+    ),
+    refusal(
+        ValueError,
+        "pair_weights must have shape [P] with P=2 like chosen_logps, got (3,)",
+        TWO,
+        TWO,
+        pair_weights=THREE,
+    ),
+    refusal(
+        ValueError,
+        "chosen_mask must have shape (2, 3) like chosen_logps, got (2, 2)",
+        TOKENS,
+        TOKENS,
+        chosen_mask=TOKENS[:, :2].bool(),
+    ),
+    refusal(
+        ValueError,
+        "chosen_logps must have two axes, [1, T] for packed tokens, with chosen_offsets, got (2,)",
+        TWO,
+        TWO,
+        chosen_offsets=torch.tensor([0, 1, 2]),
+    ),
+    refusal(
         TypeError,
-        "loss_type must be a name or a non-empty sequence of names, got []",
-        two,
-        two,
-        loss_type=[],
-    )
-    refuse(
-        ValueError,
-        "chosen_lengths must be given for loss_type='ipo', got None",
-        two,
-        two,
-        loss_type=["hinge", "ipo"],
-        rejected_lengths=count,
-    )
-    refuse(
-        ValueError,
-        "loss_weights must have one weight for each of 1 types, got [1.0, 2.0]",
-        two,
-        two,
-        loss_weights=[1.0, 2.0],
-    )
-    refuse(ValueError, "beta must be a finite float > 0, got 0", two, two, beta=0)
-    refuse(TypeError, "beta must be a Python float, got Tensor", two, two, beta=two[0])
-    refuse(TypeError, "rejected_logps must be a tensor, got list", two, [0.0, 0.0])
-    refuse(
+        "chosen_offsets must have dtype int64, got int32",
+        TOKENS,
+        TWO,
+        chosen_offsets=torch.tensor([0, 3, 6], dtype=torch.int32),
+    ),
+    refusal(TypeError, "rejected_logps must be a tensor, got list", TWO, [0.0, 0.0]),
+    refusal(
         TypeError,
         "rejected_logps must have dtype float32 like chosen_logps, got float16",
-        two,
-        two.half(),
-    )
-    refuse(
+        TWO,
+        TWO.half(),
+    ),
+    refusal(
         TypeError,
         "chosen_logps must have dtype bfloat16, float16, float32, float64, got int64",
-        count,
-        count,
-    )
-    refuse(
+        COUNT,
+        COUNT,
+    ),
+    refusal(
         TypeError,
         "chosen_lengths must have dtype int32, int64, got float32",
-        two,
-        two,
-        chosen_lengths=two,
-        rejected_lengths=two,
-    )
-    refuse(
+        TWO,
+        TWO,
+        chosen_lengths=TWO,
+        rejected_lengths=TWO,
+    ),
+    refusal(
         ValueError,
-        f"rejected_logps must be on {two.device} like chosen_logps, got meta",
-        two,
-        two.to("meta"),
-    )
-    if name == "triton":
-        refuse(
-            TypeError,
-            "chosen_logps must have dtype bfloat16, float16, float32 on backend='triton', "
-            "got float64. Use backend='torch'.",
-            two.double(),
-            two.double(),
+        "rejected_logps must be on {device} like chosen_logps, got meta",
+        TWO,
+        TWO.to("meta"),
+    ),
+]
+MIXES_AND_SETTINGS = [
+    refusal(ValueError, f"loss_type must be one of {NAMES}, got 'dpo'", TWO, TWO, loss_type="dpo"),
+    refusal(
+        TypeError,
+        "loss_type must be a name or a non-empty sequence of names, got []",
+        TWO,
+        TWO,
+        loss_type=[],
+    ),
+    refusal(
+        ValueError,
+        "loss_weights must have one weight for each of 1 types, got [1.0, 2.0]",
+        TWO,
+        TWO,
+        loss_weights=[1.0, 2.0],
+    ),
+    *(
+        refusal(ValueError, f"{name} must be finite, got {value}", TWO, TWO, **{name: given(value)})
+        for name, given in (("f_alpha_divergence_coef", float), ("loss_weights", lambda v: [v]))
+        for value in (math.nan, math.inf, -math.inf)
+    ),
+    refusal(TypeError, "beta must be a Python float, got Tensor", TWO, TWO, beta=TWO[0]),
+    *(
+        refusal(TypeError, f"{name} must be a Python float, got bool", TWO, TWO, **{name: True})
+        for name in RANGES
+    ),
+    refusal(
+        ValueError,
+        "label_smoothing must be > 0 for loss_type='exo_pair', got 0.0",
+        TWO,
+        TWO,
+        loss_type="exo_pair",
+    ),
+    refusal(
+        ValueError,
+        "ada_tau_max must be at least ada_tau_min=2, got 1.0",
+        TWO,
+        TWO,
+        ada_tau_min=2.0,
+        ada_tau_max=1.0,
+    ),
+    *(
+        refusal(
+            ValueError,
+            f"ld_alpha must be between 0 and 1, [0, 1], got {value}",
+            TOKENS,
+            TOKENS,
+            ld_alpha=value,
         )
-
-
-def test_errors_of_options(backend):
-    """What a type, a form or a setting needs, and every parameter's range."""
-    name, device = backend
-    two = torch.zeros(2, device=device)
-    tokens = torch.zeros(2, 3, device=device)
-
-    def refuse(error, text, *args, **kwargs):
-        with pytest.raises(error) as raised:
-            preference_loss(*args, backend=name, **kwargs)
-        assert str(raised.value) == f"preference_loss: {text}"
-
-    assert list(RANGES) == [parameter.name for parameter in PARAMETERS]
-    for parameter in PARAMETERS:
-        refused, taken = ends_of(RANGES[parameter.name])
-        for value in refused:
-            text = f"{parameter.name} must {parameter.requirement}, got {value}"
-            refuse(ValueError, text, two, two, **{parameter.name: value})
-        for value in taken:
-            out = preference_loss(two, two, **{parameter.name: value}, backend=name)
-            assert out.losses.isfinite().all()
-        text = f"{parameter.name} must be a Python float, got bool"
-        refuse(TypeError, text, two, two, **{parameter.name: True})
-    text = "label_smoothing must be > 0 for loss_type='exo_pair', got 0.0"
-    refuse(ValueError, text, two, two, loss_type="exo_pair")
-    text = "ada_tau_max must be at least ada_tau_min=2, got 1.0"
-    refuse(ValueError, text, two, two, ada_tau_min=2.0, ada_tau_max=1.0)
-    refused, taken = ends_of("[0, 1]")
-    for value in refused:
-        text = f"ld_alpha must be between 0 and 1, [0, 1], got {value}"
-        refuse(ValueError, text, tokens, tokens, ld_alpha=value)
-    for value in taken:
-        out = preference_loss(tokens, tokens, ld_alpha=value, backend=name)
-        assert out.losses.isfinite().all()
-    for value in (math.nan, math.inf, -math.inf):
-        text = f"f_alpha_divergence_coef must be finite, got {value}"
-        refuse(ValueError, text, two, two, f_alpha_divergence_coef=value)
-        text = f"loss_weights must be finite, got {value}"
-        refuse(ValueError, text, two, two, loss_weights=[value])
-    text = "chosen_logps must hold token log-probs [P, T] with ld_alpha, got (2,)"
-    refuse(ValueError, text, two, two, ld_alpha=0.5)
-    able = sorted(row.name for row in LOSS_TYPES if row.divergence)
-    refuse(
+        for value in ends_of("[0, 1]")[0]
+    ),
+    refusal(
+        ValueError,
+        "chosen_logps must hold token log-probs [P, T] with ld_alpha, got (2,)",
+        TWO,
+        TWO,
+        ld_alpha=0.5,
+    ),
+    refusal(
         ValueError,
         "f_divergence_type must be 'reverse_kl' for loss_type='nca_pair', got 'forward_kl'. "
-        f"Types with other divergences: {', '.join(repr(n) for n in able)}.",
-        two,
-        two,
+        "Types with other divergences: "
+        f"{', '.join(repr(n) for n in sorted(row.name for row in LOSS_TYPES if row.divergence))}.",
+        TWO,
+        TWO,
         loss_type="nca_pair",
         f_divergence_type="forward_kl",
-    )
-    for row in LOSS_TYPES:
-        count = torch.ones(2, dtype=torch.int64, device=device)
-        settings = {"loss_type": row.name, "label_smoothing": 0.1}
-        if "lengths" in row.inputs:
-            text = f"chosen_lengths must be given for loss_type={row.name!r}, got None"
-            refuse(ValueError, text, two, two, **settings)
-            settings |= {"chosen_lengths": count, "rejected_lengths": count}
-        if "response" in row.inputs:
-            text = f"response_logps must be given for loss_type={row.name!r}, got None"
-            refuse(ValueError, text, two, two, **settings)
-        if "rewards" in row.inputs:
-            text = f"reward_chosen must be given for loss_type={row.name!r}, got None"
-            refuse(ValueError, text, two, two, **settings)
-        if row.kind == "ranked":
-            text = (
-                f"pair_weights must be left out for loss_type={row.name!r}, which pairs by rank, "
-                "got a weight of each pair"
-            )
-            refuse(ValueError, text, two, two, pair_weights=two, **settings)
-    refuse(
+    ),
+    refusal(
+        ValueError,
+        "reward_chosen must be given with min_reward_margin, got None",
+        TWO,
+        TWO,
+        min_reward_margin=0.1,
+    ),
+]
+
+
+def refusals_of_a_type(row):
+    """What one loss type needs, or cannot have, each left out or given in turn."""
+    settings = {"loss_type": row.name, "label_smoothing": 0.1}
+    if "lengths" in row.inputs:
+        text = f"chosen_lengths must be given for loss_type={row.name!r}, got None"
+        yield refusal(ValueError, text, TWO, TWO, **settings)
+        settings |= {"chosen_lengths": COUNT, "rejected_lengths": COUNT}
+    for what, name in (("response", "response_logps"), ("rewards", "reward_chosen")):
+        if what in row.inputs:
+            text = f"{name} must be given for loss_type={row.name!r}, got None"
+            yield refusal(ValueError, text, TWO, TWO, **settings)
+    if row.kind == "ranked":
+        text = (
+            f"pair_weights must be left out for loss_type={row.name!r}, which pairs by rank, "
+            "got a weight of each pair"
+        )
+        yield refusal(ValueError, text, TWO, TWO, pair_weights=TWO, **settings)
+
+
+INPUTS_OF_TYPES = [
+    *(case for row in LOSS_TYPES for case in refusals_of_a_type(row)),
+    refusal(
+        ValueError,
+        "chosen_lengths must be given for loss_type='ipo', got None",
+        TWO,
+        TWO,
+        loss_type=["hinge", "ipo"],
+        rejected_lengths=COUNT,
+    ),
+    refusal(
         ValueError,
         "chosen_lengths must be given for loss_type='ipo', got None. Or give chosen_mask, whose "
         "tokens are counted.",
-        tokens,
-        tokens,
+        TOKENS,
+        TOKENS,
         loss_type="ipo",
-    )
-    text = "response_logps must be None where no type of the mix reads it, got (2,)"
-    refuse(ValueError, text, two, two, response_logps=two)
-    text = "response_lengths must be None without response_logps, got Tensor"
-    refuse(ValueError, text, two, two, response_lengths=two.long())
-    text = "rejected_log_sum_sq_probs must be given where chosen_log_sum_sq_probs is, got None"
-    refuse(ValueError, text, two, two, chosen_log_sum_sq_probs=two)
-    text = "reward_chosen must be given with min_reward_margin, got None"
-    refuse(ValueError, text, two, two, min_reward_margin=0.1)
-    text = "chosen_mask must be None where chosen_logps are sums, got (2,). Give chosen_lengths."
-    refuse(ValueError, text, two, two, chosen_mask=two.bool())
-    text = "chosen_mask must have shape (2, 3) like chosen_logps, got (2, 2)"
-    refuse(ValueError, text, tokens, tokens, chosen_mask=tokens[:, :2].bool())
-    text = "chosen_lengths must be None where chosen_mask counts the tokens, got (2,)"
-    mask = tokens.bool()
-    refuse(ValueError, text, tokens, tokens, chosen_mask=mask, chosen_lengths=two.long())
-    text = (
-        "chosen_logps must have two axes, [1, T] for packed tokens, with chosen_offsets, got (2,)"
-    )
-    refuse(ValueError, text, two, two, chosen_offsets=torch.tensor([0, 1, 2], device=device))
-    text = "chosen_offsets must have dtype int64, got int32"
-    offsets = torch.tensor([0, 3, 6], dtype=torch.int32, device=device)
-    refuse(TypeError, text, tokens, two, chosen_offsets=offsets)
-    text = "ref_chosen_logps must have shape (2, 3) like chosen_logps, got (2, 2)"
-    refuse(ValueError, text, tokens, tokens, tokens[:, :2], tokens)
-    text = "pair_weights must have shape [P] with P=2 like chosen_logps, got (3,)"
-    refuse(ValueError, text, two, two, pair_weights=torch.zeros(3, device=device))
+    ),
+    refusal(
+        ValueError,
+        "response_logps must be None where no type of the mix reads it, got (2,)",
+        TWO,
+        TWO,
+        response_logps=TWO,
+    ),
+    refusal(
+        ValueError,
+        "response_lengths must be None without response_logps, got Tensor",
+        TWO,
+        TWO,
+        response_lengths=COUNT,
+    ),
+    refusal(
+        ValueError,
+        "rejected_log_sum_sq_probs must be given where chosen_log_sum_sq_probs is, got None",
+        TWO,
+        TWO,
+        chosen_log_sum_sq_probs=TWO,
+    ),
+    refusal(
+        ValueError,
+        "chosen_mask must be None where chosen_logps are sums, got (2,). Give chosen_lengths.",
+        TWO,
+        TWO,
+        chosen_mask=TWO.bool(),
+    ),
+    refusal(
+        ValueError,
+        "chosen_lengths must be None where chosen_mask counts the tokens, got (2,)",
+        TOKENS,
+        TOKENS,
+        chosen_mask=TOKENS.bool(),
+        chosen_lengths=COUNT,
+    ),
+]
 
 
-def test_public_name():
-    """The op and its output type are the package's."""
-    assert spo_kernels.preference_loss is preference_loss
-    assert spo_kernels.PreferenceLossOutput._fields == (
-        "losses",
-        "chosen_rewards",
-        "rejected_rewards",
-        "chosen_logps",
-        "rejected_logps",
-    )
+@pytest.mark.parametrize(REFUSAL, SHAPES_AND_DTYPES + MIXES_AND_SETTINGS + INPUTS_OF_TYPES)
+def test_errors(backend, error, text, args, settings):
+    """Odd batches, shapes, dtypes, devices, settings: one sentence for each mistake."""
+    assert_refused(preference_loss, backend, error, text, args, settings)
+
+
+def test_no_fp64_on_triton(backend):
+    tensors = {"chosen_logps": TWO, "rejected_logps": TWO}
+    assert_no_fp64_on_triton(preference_loss, backend, tensors, *tensors)
+
+
+def test_every_parameter_has_a_range():
+    assert list(RANGES) == [parameter.name for parameter in PARAMETERS]
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS, ids=lambda row: row.name)
+def test_ranges(backend, parameter):
+    """A value just outside is refused, the ends that belong to the range are taken."""
+    name, device = backend
+    two = TWO.to(device)
+    refused, taken = ends_of(RANGES[parameter.name])
+    for value in refused:
+        with pytest.raises(ValueError) as raised:
+            preference_loss(two, two, **{parameter.name: value}, backend=name)
+        text = f"{parameter.name} must {parameter.requirement}, got {value}"
+        assert str(raised.value) == f"preference_loss: {text}"
+    for value in taken:
+        out = preference_loss(two, two, **{parameter.name: value}, backend=name)
+        assert out.losses.isfinite().all()
+
+
+@pytest.mark.parametrize("ld_alpha", ends_of("[0, 1]")[1])
+def test_ends_of_ld_alpha(backend, ld_alpha):
+    name, device = backend
+    tokens = TOKENS.to(device)
+    out = preference_loss(tokens, tokens, ld_alpha=ld_alpha, backend=name)
+    assert out.losses.isfinite().all()

@@ -10,14 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from spo_kernels import unpaired_preference_loss
 from spo_kernels.calls.loss_table import UNPAIRED_LOSS_TYPES, UNPAIRED_PARAMETERS
-from spo_kernels.ops.unpaired_preference_loss import (
-    UnpairedPreferenceLossOutput,
-    unpaired_preference_loss,
-)
 from spo_kernels.reference.unpaired_preference_loss import unpaired_preference_loss_reference
 from tests.helpers.oracle import assert_within_budget
 from tests.helpers.range_cases import ends_of
+from tests.helpers.refusals import REFUSAL, assert_no_fp64_on_triton, assert_refused, refusal
 
 # sums a program owns, and tokens it reads at a time
 BLOCK_S, BLOCK_T = 128, 1024
@@ -395,171 +393,207 @@ def test_compile():
         torch.testing.assert_close(*grads)
 
 
-def test_errors(backend):
-    """Rows 14, 26: one clear sentence for each mistake, before anything is allocated."""
-    name, device = backend
-    two, three = torch.zeros(2, device=device), torch.zeros(3, device=device)
-    tokens, good, scalar = torch.zeros(2, 4, device=device), two > 0, two[0]
-    offsets = torch.zeros(3, dtype=torch.int64, device=device)
+TWO, THREE, TOKENS = torch.zeros(2), torch.zeros(3), torch.zeros(2, 4)
+GOOD, SCALAR, OFFSETS = TWO > 0, TWO[0], torch.zeros(3, dtype=torch.int64)
+APO = {"loss_type": "apo_zero_unpaired"}
 
-    def refuse(error, text, *args, **kwargs):
-        with pytest.raises(error) as raised:
-            unpaired_preference_loss(*args, backend=name, **kwargs)
-        assert str(raised.value) == f"unpaired_preference_loss: {text}"
-
-    apo = {"loss_type": "apo_zero_unpaired"}
-    text = "logps must have shape [S] or [S, T] with S=2 like is_desirable, got"
-    refuse(ValueError, f"{text} (3,)", three, three, good, **apo)
-    refuse(
+REFUSALS = [
+    refusal(
         ValueError,
-        f"{text} (4, 2). Flat tokens need segment_offsets.",
-        tokens.T,
+        "logps must have shape [S] or [S, T] with S=2 like is_desirable, got (3,)",
+        THREE,
+        THREE,
+        GOOD,
+        **APO,
+    ),
+    refusal(
+        ValueError,
+        "logps must have shape [S] or [S, T] with S=2 like is_desirable, got (4, 2). "
+        "Flat tokens need segment_offsets.",
+        TOKENS.T,
         None,
-        good,
-        **apo,
-    )
-    refuse(ValueError, f"{text} ()", scalar, None, good, **apo)
-    refuse(
+        GOOD,
+        **APO,
+    ),
+    refusal(
+        ValueError,
+        "logps must have shape [S] or [S, T] with S=2 like is_desirable, got ()",
+        SCALAR,
+        None,
+        GOOD,
+        **APO,
+    ),
+    refusal(
         ValueError,
         "logps must have shape [N] or [B, T] with segment_offsets, got (1, 2, 4)",
-        tokens[None],
+        TOKENS[None],
         None,
-        good,
-        segment_offsets=offsets,
-        **apo,
-    )
-    refuse(
+        GOOD,
+        segment_offsets=OFFSETS,
+        **APO,
+    ),
+    refusal(
         ValueError,
         "ref_logps must have shape (2, 4) like logps or [S], got (3,)",
-        tokens,
-        three,
-        good,
-        **apo,
-    )
-    refuse(
+        TOKENS,
+        THREE,
+        GOOD,
+        **APO,
+    ),
+    refusal(
         ValueError,
         "segment_offsets must have shape [S + 1] with S=2 like is_desirable, got (2,)",
-        tokens,
+        TOKENS,
         None,
-        good,
-        segment_offsets=offsets[:2],
-        **apo,
-    )
-    refuse(ValueError, "is_desirable must have shape [S], got (1, 2)", two, None, good[None], **apo)
-    refuse(TypeError, "is_desirable must have dtype bool, got float32", two, None, two, **apo)
-    refuse(
+        GOOD,
+        segment_offsets=OFFSETS[:2],
+        **APO,
+    ),
+    refusal(
+        ValueError, "is_desirable must have shape [S], got (1, 2)", TWO, None, GOOD[None], **APO
+    ),
+    refusal(TypeError, "is_desirable must have dtype bool, got float32", TWO, None, TWO, **APO),
+    refusal(
         TypeError,
         "segment_offsets must have dtype int64, got int32",
-        tokens,
+        TOKENS,
         None,
-        good,
-        segment_offsets=offsets.int(),
-        **apo,
-    )
-    refuse(
+        GOOD,
+        segment_offsets=OFFSETS.int(),
+        **APO,
+    ),
+    refusal(
         ValueError,
         "kl_logps must be given for loss_type='kto', got None. Pass kl_logps and ref_kl_logps, or "
         "their mean over all ranks as kl.",
-        two,
+        TWO,
         None,
-        good,
-    )
-    refuse(
+        GOOD,
+    ),
+    refusal(
         ValueError,
         "ref_kl_logps must be given for loss_type='kto', got None. Pass kl_logps and "
         "ref_kl_logps, or their mean over all ranks as kl.",
-        two,
+        TWO,
         None,
-        good,
-        kl_logps=three,
-    )
-    refuse(
+        GOOD,
+        kl_logps=THREE,
+    ),
+    refusal(
         ValueError,
         "kl must be None where kl_logps is given, got a value",
-        two,
+        TWO,
         None,
-        good,
-        kl=scalar,
-        kl_logps=three,
-        ref_kl_logps=three,
-    )
-    refuse(
+        GOOD,
+        kl=SCALAR,
+        kl_logps=THREE,
+        ref_kl_logps=THREE,
+    ),
+    refusal(
         ValueError,
         "kl must be None for loss_type='bco', got a value",
-        two,
+        TWO,
         None,
-        good,
+        GOOD,
         loss_type="bco",
-        kl=scalar,
-    )
-    refuse(
+        kl=SCALAR,
+    ),
+    refusal(
         ValueError,
         "reward_shift must be None for loss_type='kto', got a value",
-        two,
+        TWO,
         None,
-        good,
-        kl=scalar,
-        reward_shift=scalar,
-    )
-    refuse(
+        GOOD,
+        kl=SCALAR,
+        reward_shift=SCALAR,
+    ),
+    refusal(
         ValueError,
         "ref_kl_logps must have shape [M] with M=3 like kl_logps, got (2,)",
-        two,
+        TWO,
         None,
-        good,
-        kl_logps=three,
-        ref_kl_logps=two,
-    )
-    refuse(ValueError, "kl must have shape [], got (1,)", two, None, good, kl=two[:1])
-    refuse(TypeError, "kl must be a tensor, got float", two, None, good, kl=0.5)
-    refuse(
+        GOOD,
+        kl_logps=THREE,
+        ref_kl_logps=TWO,
+    ),
+    refusal(ValueError, "kl must have shape [], got (1,)", TWO, None, GOOD, kl=TWO[:1]),
+    refusal(TypeError, "kl must be a tensor, got float", TWO, None, GOOD, kl=0.5),
+    refusal(
         ValueError,
         "loss_type must be one of 'apo_zero_unpaired', 'bco', 'kto', got 'dpo'",
-        two,
+        TWO,
         None,
-        good,
+        GOOD,
         loss_type="dpo",
-    )
-    refuse(ValueError, "beta must be a finite float > 0, got 0", two, None, good, beta=0, **apo)
-    assert list(RANGES) == [parameter.name for parameter in UNPAIRED_PARAMETERS]
-    for parameter in UNPAIRED_PARAMETERS:
-        refused, taken = ends_of(RANGES[parameter.name])
-        for value in refused:
-            text = f"{parameter.name} must {parameter.requirement}, got {value}"
-            refuse(ValueError, text, two, None, good, **{parameter.name: value}, **apo)
-        for value in taken:
-            settings = {parameter.name: value, "backend": name, **apo}
-            assert unpaired_preference_loss(two, None, good, **settings).losses.isfinite().all()
-        text = f"{parameter.name} must be a Python float, got bool"
-        refuse(TypeError, text, two, None, good, **{parameter.name: True}, **apo)
-    refuse(
+    ),
+    refusal(ValueError, "beta must be a finite float > 0, got 0", TWO, None, GOOD, beta=0, **APO),
+    refusal(
         TypeError,
         "logps must have dtype bfloat16, float16, float32, float64, got int64",
-        offsets[:2],
+        OFFSETS[:2],
         None,
-        good,
-        **apo,
-    )
-    refuse(
+        GOOD,
+        **APO,
+    ),
+    refusal(
         ValueError,
-        f"is_desirable must be on {two.device} like logps, got meta",
-        two,
+        "is_desirable must be on {device} like logps, got meta",
+        TWO,
         None,
-        good.to("meta"),
-        **apo,
-    )
-    if name == "triton":
-        for field in ("logps", "ref_logps", "kl"):
-            values = {"logps": two, "ref_logps": two, "kl": scalar, "is_desirable": good}
-            refuse(
-                TypeError,
-                f"{field} must have dtype bfloat16, float16, float32 on backend='triton', "
-                "got float64. Use backend='torch'.",
-                **{**values, field: values[field].double()},
-            )
+        GOOD.to("meta"),
+        **APO,
+    ),
+    *(
+        refusal(
+            TypeError,
+            f"{name} must be a Python float, got bool",
+            TWO,
+            None,
+            GOOD,
+            **{name: True},
+            **APO,
+        )
+        for name in RANGES
+    ),
+]
 
 
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize(REFUSAL, REFUSALS)
+def test_errors(backend, error, text, args, settings):
+    """Shapes, dtypes, devices, settings: one sentence for each mistake."""
+    assert_refused(unpaired_preference_loss, backend, error, text, args, settings)
+
+
+def test_every_parameter_has_a_range():
+    assert list(RANGES) == [parameter.name for parameter in UNPAIRED_PARAMETERS]
+
+
+@pytest.mark.parametrize("parameter", UNPAIRED_PARAMETERS, ids=lambda row: row.name)
+def test_ranges(backend, parameter):
+    """A value just outside is refused, the ends that belong to the range are taken."""
+    name, device = backend
+    tensors = TWO.to(device), None, GOOD.to(device)
+    refused, taken = ends_of(RANGES[parameter.name])
+    for value in refused:
+        with pytest.raises(ValueError) as raised:
+            unpaired_preference_loss(*tensors, **APO, **{parameter.name: value}, backend=name)
+        text = f"{parameter.name} must {parameter.requirement}, got {value}"
+        assert str(raised.value) == f"unpaired_preference_loss: {text}"
+    for value in taken:
+        out = unpaired_preference_loss(*tensors, **APO, **{parameter.name: value}, backend=name)
+        assert out.losses.isfinite().all()
+
+
+@pytest.mark.parametrize("fields", [("logps",), ("ref_logps",), ("kl",)], ids=str)
+def test_no_fp64_on_triton(backend, fields):
+    tensors = {"logps": TWO, "ref_logps": TWO, "kl": SCALAR, "is_desirable": GOOD}
+    assert_no_fp64_on_triton(unpaired_preference_loss, backend, tensors, *fields)
+
+
+TRL_TYPES = ("kto", "apo_zero_unpaired")
+
+
+@pytest.mark.parametrize("loss_type", TRL_TYPES)
 @pytest.mark.parametrize("labels", [[1, 0, 0, 1, 1], [1] * 5, [0] * 5], ids=str)
 def test_agrees_with_trl(backend, loss_type, labels):
     """The batch loss and its gradient are those of TRL's own KTOTrainer on the same log-probs."""
@@ -680,9 +714,10 @@ def test_agrees_with_liger(backend):
     torch.testing.assert_close(ours.grad, leaf.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_public_fields():
-    """The output names what it returns, and a row the peers it is compared with above."""
-    peers = {row.name: row.peers for row in UNPAIRED_LOSS_TYPES}
-    assert peers == {"kto": ("TRL", "Liger"), "apo_zero_unpaired": ("TRL",), "bco": ()}
-    fields = ("losses", "rewards", "logps", "kl", "reward_shift")
-    assert UnpairedPreferenceLossOutput._fields == fields
+def test_every_type_of_a_peer_is_here():
+    """A row of the table names a peer exactly where a test above compares it with that peer."""
+    named = {
+        peer: {row.name for row in UNPAIRED_LOSS_TYPES if peer in row.peers}
+        for peer in ("TRL", "Liger")
+    }
+    assert named == {"TRL": set(TRL_TYPES), "Liger": {"kto"}}

@@ -7,12 +7,10 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spo_kernels.cli import main
-from tests.helpers.trl_tiny import REAL_PAIRS, needs_real_pairs
 
 
-@needs_real_pairs
 @pytest.mark.slow
-def test_train_on_real_pairs(tmp_path):
+def test_train_on_real_pairs(real_pairs, tmp_path):
     config = LlamaConfig(
         vocab_size=1000,
         hidden_size=64,
@@ -24,7 +22,7 @@ def test_train_on_real_pairs(tmp_path):
     config.save_pretrained(tmp_path / "shape")
     output = tmp_path / "run"
     flags = {
-        "dataset_name": REAL_PAIRS,
+        "dataset_name": real_pairs,
         "dataset_train_split": "train[:90%]",
         "dataset_test_split": "train[90%:]",
         "model_config": tmp_path / "shape",

@@ -1,5 +1,7 @@
 """Key content on tokens: the ids are TRL's for every kind of tokenizer, levels hit content only."""
 
+import json
+
 import pytest
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer
@@ -17,8 +19,6 @@ from tests.helpers.trl_tiny import (
     arguments,
     made_pairs,
     make_tokenizer,
-    needs_real_pairs,
-    real_pairs,
     texts_of,
 )
 
@@ -44,11 +44,11 @@ def columns_of(dataset, tokenizer, view="hidden", stop_words=None):
     )
 
 
-@needs_real_pairs
 @pytest.mark.parametrize("kind", KINDS)
-def test_real_pairs(kind):
+def test_real_pairs(kind, real_pairs):
     """Ids equal TRL's (the mapping raises otherwise) and the marked characters are the phrases."""
-    rows = real_pairs(40)
+    lines = real_pairs.read_text(encoding="utf-8").splitlines()[:40]
+    rows = [json.loads(line) for line in lines]
     tokenizer = make_tokenizer(texts_of(rows), kind, vocab_size=1500)
     dataset = columns_of(tokenized_by_trl(rows, tokenizer), tokenizer)
     stop_words = smart_stop_words()
