@@ -1,4 +1,4 @@
-"""``linear_logprob`` at its edges: the fault table, row by row, on both backends."""
+"""``linear_logprob`` at its edges: the faults of tests/README.md, on both backends."""
 
 import subprocess
 import sys
@@ -14,7 +14,6 @@ from tests.helpers.logprob_cases import (
     DIFFERENTIABLE,
     STRATEGIES,
     TRANSFORMS,
-    case_in_float,
     compare,
     make_case,
     relative_norm,
@@ -26,7 +25,7 @@ INF = float("inf")
 @pytest.mark.parametrize(("strategy", "needs"), STRATEGIES[1:], ids=lambda v: str(v)[:24])
 @pytest.mark.parametrize("rows", [0, 5], ids=["empty", "all_ignored"])
 def test_nothing_scored(backend, rows, strategy, needs):
-    """Faults 2 and 3: zeros connected to every input, gradients exactly 0."""
+    """No row, or every label ignored: zeros connected to every input, gradients exactly 0."""
     name, device = backend
     case = make_case(rows=rows, H=8, V=40, device=device, bias=True, lora=True, ignored=1.1)
     out, grads = case.evaluate("op", needs, outputs=ALL_OUTPUTS, strategy=strategy, backend=name)
@@ -38,7 +37,7 @@ def test_nothing_scored(backend, rows, strategy, needs):
 
 
 def test_bad_labels(backend):
-    """Fault 6: V, V + 1000, -1, 2**40 raise and name target and row, also where rows are given."""
+    """A label outside [0, V) raises and is named with its row, also where rows are given."""
     name, device = backend
     hidden, weight = torch.randn(5, 8, device=device), torch.randn(151, 8, device=device)
     for bad in (151, 1151, -1, 2**40):
@@ -51,7 +50,7 @@ def test_bad_labels(backend):
 
 @pytest.mark.gpu
 def test_bad_labels_without_sync(cuda_device):
-    """Fault 6 on a GPU: with scored_rows nothing is read back and the bad row alone is NaN."""
+    """With scored_rows nothing is read back from a GPU: the row of a bad label alone is NaN."""
     hidden = torch.randn(5, 64, device=cuda_device, dtype=torch.bfloat16)
     weight = torch.randn(151, 64, device=cuda_device, dtype=torch.bfloat16)
     for bad in (151, 1151, -1, 2**40):
@@ -64,7 +63,7 @@ def test_bad_labels_without_sync(cuda_device):
 
 @pytest.mark.parametrize("softcap", [None, 1.0, 30.0])
 def test_padding_columns(backend, softcap):
-    """Fault 8: columns past V stay out, softcap or not, when every logit is strongly negative."""
+    """Columns past V stay out, softcap or not, when every logit is strongly negative."""
     name, device = backend
     case = make_case(rows=20, H=16, V=77, device=device, bias=True, softcap=softcap)
     case.tensors["bias"] = case.tensors["bias"] - 35
@@ -112,7 +111,7 @@ def test_labels_of_other_rows(backend, dtype, options, upstream):
 @pytest.mark.parametrize("masked", ["first", "middle", "last", "all_but_target"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_minus_infinity(backend, dtype, masked):
-    """Fault 9: a -inf bias over any tile, the first included, is an exact softmax over the rest."""
+    """A -inf bias over any tile, the first included, is an exact softmax over the rest."""
     name, device = backend
     V, target = 600, 300
     case = make_case(rows=9, H=16, V=V, dtype=dtype, device=device, bias=True, ignored=0.0)
@@ -129,12 +128,14 @@ def test_minus_infinity(backend, dtype, masked):
         out, grads = case.evaluate("op", needs, outputs=outputs, strategy=strategy, backend=name)
         oracle, oracle_grads = case.evaluate("oracle", needs)
         for key in outputs:
-            assert torch.allclose(out[key].double(), oracle[key].double(), atol=1e-5), key
+            error = (out[key].double() - oracle[key].double()).abs().max()
+            assert error <= 5e-6, (strategy, key)
+        # half precision rounds twice, the gradient's tile and the gradient, by half an eps each
+        rounding = max(torch.finfo(dtype).eps, 2e-6)
         for key in needs:
-            assert grads[key].isfinite().all()
-            scale = max(float(oracle_grads[key].abs().max()), 1e-6)
+            # exactly 0 where the label alone is left
             error = (grads[key].double() - oracle_grads[key]).abs().max()
-            assert error <= 2e-2 * scale, (strategy, key)
+            assert error <= rounding * oracle_grads[key].abs().max(), (strategy, key)
 
 
 def test_far_reference(backend):
@@ -151,31 +152,36 @@ def test_far_reference(backend):
 
 
 def test_poisoned_rows(backend):
-    """Fault 10: an all -inf or NaN row is NaN alone, forward and grad_hidden."""
+    """A row with a NaN is NaN alone, forward and grad_hidden; the same without a finite logit."""
     name, device = backend
     case = make_case(rows=7, H=8, V=90, device=device, ignored=0.0)
-    case.tensors["hidden"][3, 2] = float("nan")
-    for strategy in ("direction", "recompute"):
-        out, grads = case.evaluate("op", ("hidden",), strategy=strategy, backend=name)
-        only = [i == 3 for i in range(7)]
-        assert out["logps"].isnan().tolist() == only
-        assert grads["hidden"].isnan().any(-1).tolist() == only
+    only = [i == 3 for i in range(7)]
+    clean = case.tensors["hidden"].clone()
+    # the second one makes every logit of its row -inf
+    case.tensors["weight"][:, 2] = 1.0
+    for bad in (float("nan"), -INF):
+        case.tensors["hidden"] = clean.clone()
+        case.tensors["hidden"][3, 2] = bad
+        for strategy in ("direction", "recompute"):
+            out, grads = case.evaluate("op", ("hidden",), strategy=strategy, backend=name)
+            assert out["logps"].isnan().tolist() == only
+            assert grads["hidden"].isnan().any(-1).tolist() == only
 
 
 def test_large_fp16_logits(backend):
-    """Fault 11: fp16 logits beyond 65504 stay finite in the fp32 tile."""
+    """fp16 inputs whose logits leave fp16's range have the log-probs of fp32 logits."""
     name, device = backend
     case = make_case(rows=16, H=16, V=120, dtype=torch.float16, device=device, ignored=0.0)
     case.tensors["hidden"] *= 5e3
     case.tensors["weight"] *= 20
     out, _ = case.evaluate("op", (), backend=name)
     oracle, _ = case.evaluate("oracle", ())
-    assert oracle["logsumexp"].max() > 3e4
-    assert torch.allclose(out["logps"].double(), oracle["logps"], rtol=1e-5, atol=2e-2)
+    assert oracle["logsumexp"].min() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(out["logps"].double(), oracle["logps"], rtol=1e-6, atol=0)
 
 
 def test_noncontiguous(backend):
-    """Fault 12: strided, transposed, expanded and offset views give the bits of contiguous ones."""
+    """Strided, transposed, expanded and offset views give the bits of contiguous ones."""
     name, device = backend
     base = torch.randn(3, 24, 40, device=device)
     head = torch.randn(40, 200, device=device)
@@ -198,20 +204,28 @@ def test_noncontiguous(backend):
             results.append((out.logps.detach(), h.grad, w.grad))
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b), kind
-    # fault 13: an upstream gradient of stride 0
+
+
+def test_expanded_upstream_gradient(backend):
+    """What mean() sends back has stride 0 and the bits of a gradient that has its own memory."""
+    name, device = backend
+    base = torch.randn(3, 24, 40, device=device)
+    head = torch.randn(40, 200, device=device)
+    labels = torch.randint(0, 200, (3, 24), device=device)
     hidden = base.clone().requires_grad_()
     linear_logprob(hidden, head.t(), labels, backend=name).logps.mean().backward()
     again = base.clone().requires_grad_()
     grad = torch.full((3, 24), 1 / 72, device=device)
     linear_logprob(again, head.t(), labels, backend=name).logps.backward(grad)
-    assert torch.allclose(hidden.grad, again.grad, rtol=1e-6)
+    assert torch.equal(hidden.grad, again.grad)
 
 
 def test_small_fp16_gradients(backend):
-    """Fault 16: g = 1e-7 loses only the last cast; with the loss scaled by 65536, nothing."""
+    """An upstream of 1e-7 loses only the last cast to fp16; scaled by 65536, nothing."""
     name, device = backend
     case = make_case(rows=40, H=32, V=300, dtype=torch.float16, device=device, ignored=0.0)
-    for scale, bar in ((1.0, 0.2), (65536.0, 1e-3)):
+    # unscaled, rounding before the products would lose what the last cast has not lost already
+    for scale, times_floor in ((1.0, 1.02), (65536.0, 1.6)):
         case.upstream["logps"] = torch.full((40,), 1e-7 * scale, device=device)
         for strategy, needs in STRATEGIES[1:]:
             needs = tuple(key for key in needs if key in ("hidden", "weight"))
@@ -220,11 +234,11 @@ def test_small_fp16_gradients(backend):
             for key in needs:
                 exact = oracle_grads[key]
                 floor = relative_norm(exact.to(torch.float16), exact)
-                assert relative_norm(grads[key], exact) <= max(1.1 * floor, bar / 2), key
+                assert relative_norm(grads[key], exact) <= times_floor * floor, key
 
 
 def test_chunks(backend):
-    """Fault 17: the error does not grow with the number of chunks."""
+    """The error of the gradients does not grow with the number of chunks they are summed over."""
     name, device = backend
     if name == "triton":
         pytest.skip("the triton backend's chunks start at 256 columns: see test_agrees_with_itself")
@@ -240,7 +254,7 @@ def test_chunks(backend):
 
 
 def test_double_backward(backend):
-    """Fault 20: create_graph raises instead of dropping the second order."""
+    """A double backward raises instead of dropping the second order."""
     name, device = backend
     hidden = torch.randn(4, 8, device=device, requires_grad=True)
     weight = torch.randn(30, 8, device=device)
@@ -251,7 +265,7 @@ def test_double_backward(backend):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint(backend, reentrant):
-    """Fault 22: activation checkpointing gives the same bits."""
+    """Activation checkpointing gives the same bits."""
     name, device = backend
     case = make_case(rows=12, H=8, V=70, device=device)
     grads = []
@@ -273,7 +287,7 @@ def test_checkpoint(backend, reentrant):
 
 
 def test_autocast(backend):
-    """Fault 23: under autocast products read bf16 operands; gradients keep their dtype."""
+    """Under autocast products read bf16 operands; gradients keep their dtype."""
     name, device = backend
     case = make_case(rows=24, H=32, V=260, device=device, bias=True)
     rounded = type(case)(
@@ -293,7 +307,7 @@ def test_autocast(backend):
 
 
 def test_threads():
-    """Fault 35: eight threads at once give the bits of one."""
+    """Eight threads at once give the bits of one."""
     case = make_case(rows=64, H=16, V=500)
     expected, expected_grads = case.evaluate("op", ("hidden", "weight"), backend="torch")
     results = [None] * 8
@@ -340,14 +354,14 @@ assert torch.equal(far, near), (far, near)
 
 
 def test_large_offsets():
-    """Fault 1: row offsets past 2**31 elements, in a process of its own."""
+    """Rows that start past 2**31 elements are read where they lie, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", _INT32_SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.gpu
 def test_large_offsets_gpu(cuda_device):
-    """Fault 1 on a GPU: V * H = 2.2e9; rows at both ends against torch."""
+    """A head of V * H = 2.2e9 elements; rows at both ends against torch."""
     V, H = 262_144, 8448
     weight = torch.randn(V, H, device=cuda_device, dtype=torch.bfloat16)
     hidden = torch.randn(4, H, device=cuda_device, dtype=torch.bfloat16) / H**0.5
@@ -368,7 +382,7 @@ def test_large_offsets_gpu(cuda_device):
     ids=str,
 )
 def test_large_tiles_gpu(cuda_device, strategy, needs):
-    """Fault 1: exponentials and tiles of N * V = 2.2e9; the last rows against themselves alone."""
+    """Exponentials and tiles of N * V = 2.2e9; the last rows against themselves alone."""
     N, V, H, last = 16_500, 131_072, 64, 100
     hidden = torch.randn(N, H, device=cuda_device, dtype=torch.bfloat16)
     weight = torch.randn(V, H, device=cuda_device, dtype=torch.bfloat16) / 8
@@ -474,10 +488,9 @@ def test_overflowing_logit(backend):
 
 
 def test_policy_equals_reference(backend):
-    """Fault 32: the same model as policy and as frozen reference has margin exactly 0."""
+    """The same model as policy and as frozen reference has log-probs of the same bits."""
     name, device = backend
     case = make_case(rows=50, H=24, V=310, dtype=torch.bfloat16, device=device)
     policy, _ = case.evaluate("op", ("hidden", "weight"), outputs=ALL_OUTPUTS, backend=name)
     reference, _ = case.evaluate("op", (), backend=name)
     assert torch.equal(policy["logps"], reference["logps"])
-    assert case_in_float(case).tensors["hidden"].dtype == torch.float32

@@ -69,7 +69,7 @@ from tests.helpers.range_cases import ends_of
     ],
 )
 def test_errors(changes, error, text):
-    """Fault 14: each mistake is one sentence that names argument, requirement and value."""
+    """Each mistake is one sentence that names argument, requirement and value."""
     arguments = {
         "hidden": torch.zeros(4, 8),
         "weight": torch.zeros(9, 8),
@@ -81,7 +81,7 @@ def test_errors(changes, error, text):
 
 
 def test_backend_errors(monkeypatch):
-    """Fault 26: a CPU tensor into triton, fp64 into triton, a strategy that cannot."""
+    """A CPU tensor into triton, fp64 into triton, a strategy that cannot give a gradient."""
     hidden = torch.zeros(4, 8, requires_grad=True)
     weight, labels = torch.zeros(9, 8, requires_grad=True), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(NotImplementedError, match="strategy='direction' cannot give the gradients"):

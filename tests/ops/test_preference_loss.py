@@ -173,10 +173,8 @@ def test_by_hand(backend, name):
     settings = {"loss_type": name, **OPTIONS}
 
     def given(dtype, device):
-        tensors = {
-            n: torch.tensor(value, dtype=dtype, device=device) for n, value in floats.items()
-        }
-        return tensors | {n: torch.tensor(value, device=device) for n, value in counts.items()}
+        wide = {n: torch.tensor(t, dtype=dtype, device=device) for n, t in floats.items()}
+        return wide | {n: torch.tensor(value, device=device) for n, value in counts.items()}
 
     out = preference_loss_reference(**given(torch.float64, "cpu"), **settings)
     assert out["losses"].item() == pytest.approx(BY_HAND[name], rel=2e-6)
