@@ -12,6 +12,7 @@ from spo_kernels.calls.loss_table import loss_type_of
 from spo_kernels.planner.linear_preference_loss import pair_groups
 from spo_kernels.reference.linear_logprob import linear_logprob_reference
 from spo_kernels.reference.preference_loss import preference_loss_reference
+from tests.helpers.budgets import smallest_budget
 from tests.helpers.oracle import assert_within_budget
 
 H, V, T = 24, 301, 13
@@ -138,19 +139,12 @@ def op(head, pairs, **settings):
     ref = pairs.pop("ref_logps", None)
     if settings.get("budget_bytes") == SMALLEST:
         settings["budget_bytes"] = smallest_budget(
-            *tensors, ref, **head, **pairs, lora=lora, **settings
+            lambda budget: linear_preference_loss(
+                *tensors, ref, **head, **pairs, lora=lora, **{**settings, "budget_bytes": budget}
+            )
         )
     out = linear_preference_loss(*tensors, ref, **head, **pairs, lora=lora, **settings)
     return out._asdict()
-
-
-def smallest_budget(*args, **settings):
-    """The least budget of a call, which its error names."""
-    try:
-        linear_preference_loss(*args, **{**settings, "budget_bytes": 1})
-    except ValueError as error:
-        return int(str(error).split("must be at least ")[1].split()[0])
-    raise AssertionError("a budget of one byte was enough")
 
 
 def compare(

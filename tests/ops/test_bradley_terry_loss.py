@@ -1,4 +1,4 @@
-"""``bradley_terry_loss``: both backends against the fp64 reference, TRL's own loss, the faults."""
+"""``bradley_terry_loss``: both backends against the fp64 oracle, TRL's own loss, edges."""
 
 import math
 from collections import defaultdict
@@ -110,7 +110,7 @@ def test_reference():
 
 
 def test_needs_input_grad(backend):
-    """Row 21: a frozen side gets no gradient and the values keep their bits."""
+    """A frozen side gets no gradient and the values keep their bits."""
     name, device = backend
     values = []
     for needs in ((True, True), (True, False), (False, True), (False, False)):
@@ -127,7 +127,7 @@ def test_needs_input_grad(backend):
 
 
 def test_edges(backend, poisoned_empty):
-    """Rows 2, 10, 11: empty, NaN in its row only, large rewards, fp16 extremes, ties."""
+    """Empty, NaN in its row only, large rewards, fp16 extremes, ties."""
     name, device = backend
 
     def losses(chosen, rejected, dtype=torch.float32, **kwargs):
@@ -170,7 +170,7 @@ def test_edges(backend, poisoned_empty):
 
 
 def test_noncontiguous(backend):
-    """Rows 12, 13, 15: views give the bits of their copies; any upstream, also stride 0."""
+    """Views give the bits of their copies; linear in any upstream, also one of stride 0."""
     name, device = backend
     base = torch.randn(4, 40, generator=torch.Generator().manual_seed(3)).to(device) * 9
     views = [base[0, ::2], base[1:3].T[:20, 0], base[2, 5].expand(20)]
@@ -198,7 +198,7 @@ def test_noncontiguous(backend):
 
 
 def test_autograd_contract(backend, poisoned_empty):
-    """Rows 19, 20, 22, 33: two backwards, no double backward, checkpointing, same bits each run."""
+    """Two backwards agree, a double one is refused, checkpoints and runs give the same bits."""
     name, device = backend
     tensors = make_rewards(BLOCK_P + 5)
     leaves = [t.to(device).requires_grad_(n != "margins") for n, t in tensors.items()]
@@ -231,7 +231,7 @@ def test_autograd_contract(backend, poisoned_empty):
 
 
 def test_compile():
-    """Row 24: the torch backend is one graph."""
+    """The torch backend is one graph under torch.compile, with eager's gradients."""
     leaves = [t.requires_grad_(n != "margins") for n, t in make_rewards(7).items()]
 
     def losses(*args):

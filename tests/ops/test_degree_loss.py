@@ -1,4 +1,4 @@
-"""``degree_loss``: both backends against the fp64 reference, values by hand, and the faults."""
+"""``degree_loss``: both backends against the fp64 reference, values by hand, and edges."""
 
 import math
 
@@ -38,12 +38,14 @@ def run(call, batch, upstream, **settings):
     out = call(**leaves, **settings)
     out = out if isinstance(out, dict) else out._asdict()
     losses = out["losses"]
-    # the reference's loss of a batch without key content is a constant
-    if losses.requires_grad:
+    # the reference's loss of a batch without key content is a constant, the op's never is
+    if losses.requires_grad or call is not degree_loss_reference:
         losses.backward(upstream.to(losses.device, losses.dtype))
     grads = {f"grad_{n}": leaves[n].grad for n in names if n in leaves}
-    zeros = {f"grad_{n}": torch.zeros_like(leaves[n]) for n in names if n in leaves}
-    return {**out, **{n: zeros[n] if g is None else g for n, g in grads.items()}}
+    if call is degree_loss_reference:
+        zeros = {f"grad_{n}": torch.zeros_like(leaves[n]) for n in names if n in leaves}
+        grads = {n: zeros[n] if g is None else g for n, g in grads.items()}
+    return {**out, **grads}
 
 
 def compare(backend, batch, *, center_views=False):
@@ -57,11 +59,9 @@ def compare(backend, batch, *, center_views=False):
     eager = run(degree_loss_reference, batch, upstream, center_views=center_views)
     on_device = {n: t.to(device) for n, t in batch.items()}
     actual = run(degree_loss, on_device, upstream, center_views=center_views, backend=name)
-    for field in ("counted_views", "view_mask"):
+    for field in ("counted_views", "view_mask", "correct_views"):
         assert torch.equal(actual[field].cpu(), oracle[field]), field
         assert actual[field].dtype == oracle[field].dtype
-    # a near tie may round either way, so the fp64 argmax binds up to one view of all
-    assert (actual["correct_views"].cpu() - oracle["correct_views"]).abs().sum() <= 1
     for field in ("losses", *(g for g in GRADS if g in actual)):
         label = f"degree_loss[{name}].{field}"
         assert_within_budget(label, actual[field].cpu(), eager[field], oracle[field])
@@ -99,7 +99,7 @@ segment_lengths = st.lists(
     seed=st.integers(0, 99),
 )
 def test_forward_and_gradients(backend, dtype, center_views, lengths, K, H, before, after, seed):
-    """Row 7: ragged shapes, K from 2 to 16, empty segments, under a random upstream."""
+    """Ragged shapes, K from 2 to 16, empty segments, under a random upstream."""
     batch = make_batch(lengths, H, K, dtype=dtype, seed=seed, before=before, after=after)
     compare(backend, batch, center_views=center_views)
 
@@ -160,12 +160,12 @@ def test_views_left_out(backend):
     for levels in ([0, 0, 0], [-1, -1], [-1, 0]):
         mask, counted, out = views_of(levels)
         assert not any(mask) and counted == 0 and out["losses"].item() == 0.0
-        # rows 3, 4: the loss stays connected, its gradients are exact zeros
+        # the loss stays connected, its gradients are exact zeros
         assert all(not out[grad].any() for grad in GRADS)
 
 
 def test_needs_input_grad(backend):
-    """Row 21: a frozen tensor gets no gradient and the values keep their bits."""
+    """A frozen tensor gets no gradient and the values keep their bits."""
     name, device = backend
     batch = {n: t.to(device) for n, t in make_batch([9, 4], 20, 3).items()}
     values = []
@@ -194,7 +194,7 @@ def test_needs_input_grad(backend):
 
 
 def test_edges(backend, poisoned_empty):
-    """Rows 2, 10, 11: no rows, no segments, NaN where no response is, bad levels, large values."""
+    """No rows, no segments, NaN where no response is, bad levels, large values."""
     name, device = backend
     for lengths in ([], [0], [0, 0, 0]):
         compare(backend, make_batch(lengths, 5, 3))
@@ -224,7 +224,7 @@ def test_edges(backend, poisoned_empty):
 
 
 def test_noncontiguous(backend):
-    """Rows 12, 13, 15: views give the bits of their copies; any upstream, also stride 0."""
+    """Views give the bits of their copies; linear in any upstream, also one of stride 0."""
     name, device = backend
     batch = {n: t.to(device) for n, t in make_batch([11, 0, 30], 24, 4).items()}
     N, H = batch["hidden"].shape
@@ -261,7 +261,7 @@ def test_noncontiguous(backend):
 
 
 def test_autograd_contract(backend, poisoned_empty):
-    """Rows 19, 20, 22, 33: two backwards, no double backward, checkpointing, same bits each run."""
+    """Two backwards agree, a double one is refused, checkpoints and runs give the same bits."""
     name, device = backend
     batch = {n: t.to(device) for n, t in make_batch([40, 3, 21], 30, 4).items()}
     leaves = [batch[n].requires_grad_() for n in ("hidden", "head_weight", "head_bias")]
@@ -293,7 +293,7 @@ def test_autograd_contract(backend, poisoned_empty):
 
 
 def test_large_offset(backend):
-    """Row 1: a row further than 2**31 elements from the first is read where it lies."""
+    """A row further than 2**31 elements from the first is read where it lies."""
     name, device = backend
     # never written as a whole, so a CPU backs only the pages of the three rows
     storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
@@ -307,7 +307,7 @@ def test_large_offset(backend):
 
 
 def test_compile():
-    """Row 24: the torch backend is one graph."""
+    """The torch backend is one graph under torch.compile, with eager's gradients."""
     batch = make_batch([9, 4], 12, 3)
     leaves = [batch[n].requires_grad_() for n in ("hidden", "head_weight", "head_bias")]
 

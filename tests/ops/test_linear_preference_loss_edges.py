@@ -1,4 +1,4 @@
-"""``linear_preference_loss`` at its edges: the fault table, errors, and Liger beside it."""
+"""``linear_preference_loss`` at its edges, its errors, and Liger beside it."""
 
 import math
 
@@ -25,7 +25,7 @@ GROUPS = pytest.mark.parametrize("group_rows", [WHOLE, PIECES], ids=["group", "s
 @pytest.mark.parametrize("P", [0, 3], ids=["empty", "all_ignored"])
 @pytest.mark.parametrize("mix", [{}, {"ld_alpha": 0.5}, {"loss_type": ("sigmoid", "nll")}], ids=str)
 def test_nothing_scored(backend, P, strategy, mix):
-    """Faults 2 and 3: loss 0 (of no token: that of margin 0) connected to every input, grads 0."""
+    """No pair: loss 0; no token: that of margin 0. Connected to every input, gradients 0."""
     name, device = backend
     head, pairs = make_batch(("sigmoid",), P, lora=True)
     pairs = {"labels": torch.full_like(pairs["labels"], -100)}
@@ -41,7 +41,7 @@ def test_nothing_scored(backend, P, strategy, mix):
 
 @GROUPS
 def test_empty_response(backend, group_rows):
-    """Fault 4: completions without a token, of either side and of both, by sums and by means."""
+    """Completions without a token, of either side and of both, by sums and by means."""
     head, pairs = make_batch(("sigmoid",), 5, seed=2)
     for row in (1, 7, 3, 8):
         pairs["labels"][row] = -100
@@ -52,7 +52,7 @@ def test_empty_response(backend, group_rows):
 
 
 def test_policy_equal_to_reference(backend):
-    """Fault 32: a margin of exactly 0 whatever the groups, since a row's log-prob never changes."""
+    """A margin of 0 whatever the groups, since a row's log-prob never changes."""
     name, device = backend
     head, pairs = make_batch(("sigmoid",), 4, seed=9)
     labels = pairs["labels"].to(device)
@@ -73,7 +73,7 @@ def test_policy_equal_to_reference(backend):
 
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), ("hidden", "lora_b"), ()])
 def test_needs_input_grad(backend, needs):
-    """Fault 21: only what is asked for gets a gradient; a frozen head is never ``pairwise``."""
+    """Only what is asked for gets a gradient; a frozen head is never ``pairwise``."""
     name, device = backend
     head, pairs = make_batch(("sigmoid",), 3, lora=True)
     if not needs:
@@ -91,7 +91,7 @@ def test_needs_input_grad(backend, needs):
 
 @GROUPS
 def test_upstream_gradients(backend, group_rows):
-    """Faults 13, 15, 19, 20: linear in the upstream; a second backward is equal; no third order."""
+    """Linear in the upstream; a second backward is equal; a double one is refused."""
     name, device = backend
     head, pairs = make_batch(("sigmoid",), 3, seed=4)
     settings = {"strategy": "pairwise", "backend": name}
@@ -113,7 +113,7 @@ def test_upstream_gradients(backend, group_rows):
 
 @GROUPS
 def test_noncontiguous(backend, group_rows):
-    """Fault 12: strided inputs give the bits of contiguous ones."""
+    """Strided inputs give the bits of contiguous ones."""
     name, device = backend
     head, pairs = make_batch(("sigmoid",), 3, seed=7)
     settings = {"strategy": "pairwise", "backend": name, "device": device}
@@ -133,7 +133,7 @@ def test_noncontiguous(backend, group_rows):
 
 
 def test_autocast():
-    """Fault 23: under autocast an fp32 head is computed in bf16 and its gradient is fp32."""
+    """Under autocast an fp32 head is computed in bf16 and its gradient is fp32."""
     head, pairs = make_batch(("sigmoid",), 3, seed=3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = run(op, head, pairs, strategy="pairwise")
@@ -170,7 +170,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("change", "error", "match"), ERRORS, ids=lambda v: str(v)[:40])
 def test_errors(change, error, match):
-    """Faults 5 and 14: one sentence with argument, requirement and value."""
+    """Odd batches, shapes, names: one sentence with argument, requirement and value."""
     shapes = {"hidden": (4, 5, 8), "weight": (9, 8), "labels": (4, 5)}
     arguments = {}
     for name, value in {**shapes, **change}.items():
@@ -184,7 +184,7 @@ def test_errors(change, error, match):
 
 
 def test_label_outside():
-    """Fault 6: a label outside the vocabulary is named before anything is computed."""
+    """A label outside the vocabulary is named before anything is computed."""
     labels = torch.tensor([[1, -100], [2, 9]])
     with pytest.raises(IndexError, match=r"linear_preference_loss: target 9 at row 3 outside"):
         linear_preference_loss(torch.zeros(2, 2, 8), torch.zeros(9, 8), labels)

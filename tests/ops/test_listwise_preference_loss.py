@@ -1,4 +1,4 @@
-"""``listwise_preference_loss``: both backends against the fp64 reference, the paper, the faults."""
+"""``listwise_preference_loss``: both backends against the fp64 oracle, the paper, edges."""
 
 import math
 
@@ -225,7 +225,7 @@ def test_lists_that_do_not_count(backend):
 
 
 def test_needs_input_grad(backend):
-    """Row 21: frozen log-probs get no gradient and the values keep their bits."""
+    """Frozen log-probs get no gradient and the values keep their bits."""
     name, device = backend
     logps, labels, ref_logps, _ = (None if t is None else t.to(device) for t in make_lists(3, 5))
     values = []
@@ -243,7 +243,7 @@ def test_needs_input_grad(backend):
 
 @pytest.mark.parametrize("loss_type", NAMES)
 def test_edges(backend, poisoned_empty, loss_type):
-    """Rows 2, 3, 10, 11: empty, all masked, NaN in its own list, fp16 extremes, large labels."""
+    """Empty, all masked, NaN in its own list, fp16 extremes, large labels."""
     name, device = backend
 
     def losses(rows, labels, dtype=torch.float32, **settings):
@@ -307,7 +307,7 @@ def test_ties(backend):
 
 
 def test_noncontiguous(backend):
-    """Rows 12, 13, 15: views give the bits of their copies; any upstream, also stride 0."""
+    """Views give the bits of their copies; linear in any upstream, also one of stride 0."""
     name, device = backend
     base = torch.randn(6, 40, generator=torch.Generator().manual_seed(3)).to(device) * 9
     views = [base[::2, ::4], base.T[:10, :3].T.abs(), base[0, 5].expand(3, 10)]
@@ -333,7 +333,7 @@ def test_noncontiguous(backend):
 
 
 def test_autograd_contract(backend, poisoned_empty):
-    """Rows 19, 20, 22, 33: two backwards, no double backward, checkpointing, same bits each run."""
+    """Two backwards agree, a double one is refused, checkpoints and runs give the same bits."""
     name, device = backend
     logps, labels, ref_logps, mask = (t.to(device) for t in make_lists(3, 17, masked=True))
     logps.requires_grad_()
@@ -362,7 +362,7 @@ def test_autograd_contract(backend, poisoned_empty):
 
 
 def test_compile():
-    """Row 24: the torch backend is one graph."""
+    """The torch backend is one graph under torch.compile, with eager's gradients."""
     logps, labels, ref_logps, mask = make_lists(3, 5, masked=True)
     logps.requires_grad_()
 

@@ -1,4 +1,4 @@
-"""``preference_loss``: the fault table for every loss type, and a sentence for each mistake."""
+"""``preference_loss`` of every type at its edges, and a sentence for each mistake."""
 
 import math
 
@@ -66,7 +66,7 @@ def losses_of(backend, chosen, rejected, names, *, ref=None, lengths=3, dtype=No
 
 
 def test_needs_input_grad(backend):
-    """Row 21: a frozen side gets no gradient and the values keep their bits."""
+    """A frozen side gets no gradient and the values keep their bits."""
     name, device = backend
     tensors, inputs = make_case(ALL, 9)
     inputs = {n: t.to(device) for n, t in inputs.items()}
@@ -88,7 +88,7 @@ def test_needs_input_grad(backend):
 
 @pytest.mark.parametrize("names", TYPES, ids="+".join)
 def test_empty_and_ignored(backend, names, poisoned_empty):
-    """Rows 2, 3, 4: no pairs, every label ignored, one completion without tokens."""
+    """No pairs, every label ignored, one completion without tokens."""
     out, *grads = losses_of(backend, [], [], names, ref=([], []))
     assert out.losses.shape == grads[0].shape == (0,)
     # every label ignored: the log-probs are 0, so is the length, and the loss stays connected
@@ -116,7 +116,7 @@ def test_empty_and_ignored(backend, names, poisoned_empty):
 
 @pytest.mark.parametrize("names", TYPES, ids="+".join)
 def test_extremes(backend, names):
-    """Rows 10, 11: NaN stays in its pair (its rank), margins of 1e4 and fp16 beyond its range."""
+    """NaN stays in its pair (its rank), margins of 1e4 and fp16 beyond its range."""
     row = loss_type_of(names[0])
     out, *grads = losses_of(backend, [-5.0, math.nan, -6.0], [-9.0, -1.0, -2.0], names)
     if row.kind == "statistic":
@@ -152,7 +152,7 @@ def test_extremes(backend, names):
 
 
 def test_policy_equal_to_reference(backend):
-    """Row 32: the margin is exactly 0 whatever the batch, from sums and from tokens."""
+    """The margin is exactly 0 whatever the batch, from sums and from tokens."""
     name, device = backend
     generator = torch.Generator().manual_seed(1)
     same = torch.randn(50, generator=generator).mul(300).to(device)
@@ -229,7 +229,7 @@ def test_tokens_outside_every_response(backend, poisoned_empty):
 
 
 def test_noncontiguous(backend):
-    """Rows 12, 13, 15: views give the bits of their copies; any upstream, also stride 0."""
+    """Views give the bits of their copies; linear in any upstream, also one of stride 0."""
     name, device = backend
     names = ["sigmoid", "hinge", "aot", "aql"]
     base = torch.randn(4, 40, generator=torch.Generator().manual_seed(3)).to(device) * 9
@@ -260,7 +260,7 @@ def test_noncontiguous(backend):
 
 @pytest.mark.parametrize("form", ["sums", "rows", "offsets"])
 def test_autograd_contract(backend, form, poisoned_empty):
-    """Rows 19, 20, 22, 33: two backwards, no double backward, checkpointing, same bits each run."""
+    """Two backwards agree, a double one is refused, checkpoints and runs give the same bits."""
     name, device = backend
     names = (*ALL, "aot", "aot_unpaired") if form == "sums" else ALL
     tensors, inputs = make_case(names, BLOCK_P + 5 if form == "sums" else 3, form=form)
@@ -298,7 +298,7 @@ def test_autograd_contract(backend, form, poisoned_empty):
 
 @pytest.mark.parametrize("form", ["sums", "rows", "offsets"])
 def test_compile(form):
-    """Row 24: the torch backend is one graph."""
+    """The torch backend is one graph under torch.compile, with eager's gradients."""
     tensors, inputs = make_case(ALL, 7, form=form, extras=True)
     leaves = leaves_of(tensors)
     policy = {n: leaf for n, leaf in leaves.items() if leaf.requires_grad}

@@ -1,4 +1,4 @@
-"""``unpaired_preference_loss``: both backends against the fp64 reference, TRL, Liger, faults."""
+"""``unpaired_preference_loss``: both backends against the fp64 oracle, TRL, Liger, edges."""
 
 import math
 from collections import defaultdict
@@ -220,7 +220,7 @@ def test_baseline(backend):
 
 
 def test_needs_input_grad(backend):
-    """Row 21: gradients flow to logps alone, and the values keep their bits without them."""
+    """Gradients flow to logps alone, and the values keep their bits without them."""
     name, device = backend
     logps, ref_logps, is_desirable, _, baselines = make_responses(7)
     inputs = {n: baselines[n].to(device).requires_grad_() for n in ("kl_logps", "ref_kl_logps")}
@@ -241,7 +241,7 @@ def test_needs_input_grad(backend):
 
 @pytest.mark.parametrize("loss_type", NAMES)
 def test_edges(backend, poisoned_empty, loss_type):
-    """Rows 2, 3, 4, 10, 11, 32: empty, no tokens, NaN in its row, fp16 extremes, exact zero."""
+    """Empty, no tokens, NaN in its row, fp16 extremes, exact zero."""
     name, device = backend
     settings = {"loss_type": loss_type, "backend": name}
     if loss_type == "kto":
@@ -298,7 +298,7 @@ def test_edges(backend, poisoned_empty, loss_type):
 
 
 def test_noncontiguous(backend):
-    """Rows 12, 13, 15: views give the bits of their copies; any upstream, also stride 0."""
+    """Views give the bits of their copies; linear in any upstream, also one of stride 0."""
     name, device = backend
     base = torch.randn(12, 40, generator=torch.Generator().manual_seed(3)).to(device) * 9
     good = (base[:, ::5] > 0)[:6, 0]
@@ -341,7 +341,7 @@ def test_noncontiguous(backend):
 
 
 def test_autograd_contract(backend, poisoned_empty):
-    """Rows 19, 20, 22, 33: two backwards, no double backward, checkpointing, same bits each run."""
+    """Two backwards agree, a double one is refused, checkpoints and runs give the same bits."""
     name, device = backend
     for form in ("sums", "rows", "flat"):
         logps, ref_logps, good, offsets, baselines = make_responses(9, form, T=30)
@@ -374,7 +374,7 @@ def test_autograd_contract(backend, poisoned_empty):
 
 
 def test_compile():
-    """Row 24: the torch backend is one graph."""
+    """The torch backend is one graph under torch.compile, with eager's gradients."""
     for form, cases in (("sums", CASES[:1]), ("rows", CASES[:1]), ("flat", CASES)):
         logps, ref_logps, good, offsets, baselines = make_responses(5, form)
         logps.requires_grad_()

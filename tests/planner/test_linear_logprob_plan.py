@@ -71,6 +71,27 @@ def test_default_budget(sizes):
     assert plan.peak_bytes <= plan.budget_bytes
 
 
+@pytest.mark.parametrize(
+    ("device", "needs", "budget_bytes"),
+    [
+        # 64 MiB, of each row 2 + 4 bytes times 64 + 256 columns, a head of fp32
+        ("cpu", ("hidden",), (64 << 20) + 1_920_000),
+        ("cpu", ("hidden", "weight"), (64 << 20) + 1_920_000 + 128_000),
+        ("cuda:sm_90", ("hidden", "weight"), (256 << 20) + 1_920_000 + 128_000),
+    ],
+)
+def test_default_budget_by_hand(device, needs, budget_bytes):
+    plan = plan_linear_logprob(
+        rows=1000,
+        hidden_size=64,
+        vocab_size=500,
+        dtype=torch.bfloat16,
+        needs_grad=needs,
+        device=device,
+    )
+    assert plan.budget_bytes == budget_bytes
+
+
 def test_choices():
     """Which strategy one gets: frozen heads direction, short batches resident, long recompute."""
     shape = {"hidden_size": 4096, "vocab_size": 151936, "dtype": torch.bfloat16}

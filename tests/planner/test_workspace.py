@@ -10,12 +10,9 @@ from spo_kernels import (
     linear_logprob,
     linear_preference_loss,
     plan_linear_logprob,
+    plan_linear_preference_loss,
 )
-from spo_kernels.ops import linear_logprob_call
-from spo_kernels.ops import linear_preference_loss as linear_preference_loss_op
-from spo_kernels.planner import linear_preference_loss as pair_planner
-from spo_kernels.planner.linear_logprob import plan_sizes
-from spo_kernels.planner.linear_preference_loss import plan_pairs
+from tests.helpers.budgets import smallest_budget
 
 CASES = [
     ("score", (), {}),
@@ -30,55 +27,55 @@ CASES = [
 @pytest.mark.parametrize("ignored", [False, True], ids=["all_rows", "gathered"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("strategy", "needs", "options"), CASES)
-def test_peak(strategy, needs, options, dtype, ignored, monkeypatch):
+def test_peak(strategy, needs, options, dtype, ignored):
     """What lives at once stays under the plan's peak beside outputs and returned gradients.
 
     The torch backend; the CUDA allocator measures triton's in test_linear_logprob_plan.py (its
     interpreter copies every argument of a launch, which would be counted here).
     """
     rows, H, V = 600, 128, 10_000
-    plans = []
-
-    def recorded(*sizes, **wishes):
-        plans.append(plan_sizes(*sizes, **wishes))
-        return plans[-1]
-
-    monkeypatch.setattr(linear_logprob_call, "plan_sizes", recorded)
     hidden = torch.randn(rows, H).to(dtype).requires_grad_("hidden" in needs)
     weight = (torch.randn(V, H) / 8).to(dtype).requires_grad_("weight" in needs)
     labels = torch.randint(0, V, (rows,))
     if ignored:
         labels[::50] = -100
+    scored = int((labels != -100).sum())
 
-    def run(budget):
-        hidden.grad = weight.grad = None
-        with LiveBytes() as live:
-            out = linear_logprob(
-                hidden,
-                weight,
-                labels,
-                strategy=strategy,
-                backend="torch",
-                budget_bytes=budget,
-                **options,
-            )
-            if needs:
-                out.logps.sum().backward()
-        return live.peak()
+    def score(budget):
+        return linear_logprob(
+            hidden,
+            weight,
+            labels,
+            strategy=strategy,
+            backend="torch",
+            budget_bytes=budget,
+            **options,
+        )
 
     returned = sum(t.numel() * t.element_size() for t in (hidden, weight) if t.requires_grad)
     outputs = 64 * rows
-    run(None)
-    least = plans[-1].peak_bytes
-    for budget in (None, least // 2, least // 4):
-        try:
-            peak = run(budget)
-        except ValueError as error:
-            assert "budget_bytes must be at least" in str(error)
-            continue
-        plan = plans[-1]
+    question = {
+        "rows": scored,
+        "hidden_size": H,
+        "vocab_size": V,
+        "dtype": dtype,
+        "needs_grad": needs,
+        "gathered": scored < rows,
+        "strategy": strategy,
+        "device": "cpu",
+        **options,
+    }
+    whole, least = plan_linear_logprob(**question).peak_bytes, smallest_budget(score)
+    # the default, one that needs more chunks, and the smallest that is accepted
+    for budget in (None, max(least, whole // 2), least):
+        plan = plan_linear_logprob(**question, budget_bytes=budget)
         assert plan.peak_bytes <= plan.budget_bytes
-        assert peak <= plan.peak_bytes + returned + outputs, (peak, plan.peak_bytes, returned)
+        hidden.grad = weight.grad = None
+        with LiveBytes() as live:
+            out = score(budget)
+            if needs:
+                out.logps.sum().backward()
+        assert live.peak() <= plan.peak_bytes + returned + outputs, (plan, returned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -196,66 +193,67 @@ def test_peak_under_autocast(needs):
     labels = torch.randint(0, V, (rows,))
     returned = sum(4 * t.numel() for t in (hidden, weight) if t.requires_grad)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(ValueError) as error:
-            linear_logprob(hidden, weight, labels, backend="torch", budget_bytes=1)
-        least = int(str(error.value).split("must be at least ")[1].split()[0])
+
+        def score(budget):
+            return linear_logprob(hidden, weight, labels, backend="torch", budget_bytes=budget)
+
+        least = smallest_budget(score)
         with LiveBytes() as live:
-            linear_logprob(
-                hidden, weight, labels, backend="torch", budget_bytes=least
-            ).logps.sum().backward()
+            score(least).logps.sum().backward()
     assert live.peak() <= least + returned + 64 * rows, (live.peak(), least)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "apo_zero"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strategy", ["pairwise", "recompute"])
-def test_peak_of_pairs(strategy, dtype, loss_type, monkeypatch):
+@pytest.mark.parametrize(("P", "T"), [(3, 100), (1, 300)])
+def test_peak_of_pairs(P, T, strategy, dtype, loss_type):
     """The same of ``linear_preference_loss``: one group, several groups, and a streamed pair."""
-    P, T, H, V = 3, 200, 128, 10_000
-    plans = []
-
-    def recorded(*sizes, **wishes):
-        plans.append(plan_pairs(*sizes, **wishes))
-        return plans[-1]
-
-    monkeypatch.setattr(linear_preference_loss_op, "plan_pairs", recorded)
+    H, V = 128, 10_000
     hidden = torch.randn(2 * P, T, H).to(dtype).requires_grad_()
     weight = (torch.randn(V, H) / 8).to(dtype).requires_grad_()
     labels = torch.randint(0, V, (2 * P, T))
     labels[::2, :20] = -100
+    tokens = (labels != -100).sum(1).tolist()
+    pair_rows = list(zip(tokens[:P], tokens[P:], strict=True))
+    question = {
+        "pair_rows": pair_rows,
+        "hidden_size": H,
+        "vocab_size": V,
+        "dtype": dtype,
+        "needs_grad": ("hidden", "weight"),
+        "gathered": True,
+        "positions": labels.numel(),
+        "is_margin": loss_type == "sigmoid",
+        "strategy": strategy,
+        "device": "cpu",
+    }
 
-    def run(budget):
-        hidden.grad = weight.grad = None
-        with LiveBytes() as live:
-            out = linear_preference_loss(
-                hidden,
-                weight,
-                labels,
-                loss_type=loss_type,
-                strategy=strategy,
-                backend="torch",
-                budget_bytes=budget,
-            )
-            out.loss.backward()
-        return live.peak()
+    def loss_of(budget):
+        return linear_preference_loss(
+            hidden,
+            weight,
+            labels,
+            loss_type=loss_type,
+            strategy=strategy,
+            backend="torch",
+            budget_bytes=budget,
+        ).loss
 
     returned = sum(t.numel() * t.element_size() for t in (hidden, weight))
-    run(None)
-    # the first budgets that lead to other groups
-    peaks = {c.group_rows: c.peak_bytes for c in plans[-1].candidates}
-    for budget in (None, *peaks.values(), min(peaks.values()) - 1000):
-        try:
-            peak = run(budget)
-        except ValueError as error:
-            assert "budget_bytes must be at least" in str(error)
-            continue
-        plan = plans[-1]
-        assert plan.strategy == strategy
+    least = smallest_budget(loss_of)
+    # a budget for every size of a group that there is
+    peaks = {c.group_rows: c.peak_bytes for c in plan_linear_preference_loss(**question).candidates}
+    sizes = set()
+    for budget in (None, *(peak for peak in peaks.values() if peak >= least), least):
+        plan = plan_linear_preference_loss(**question, budget_bytes=budget)
         assert plan.peak_bytes <= plan.budget_bytes
-        assert peak <= plan.peak_bytes + returned, (peak, plan.peak_bytes, returned)
+        sizes.add(plan.group_rows)
+        hidden.grad = weight.grad = None
+        with LiveBytes() as live:
+            loss_of(budget).backward()
+        assert live.peak() <= plan.peak_bytes + returned, (plan, returned)
     if strategy == "pairwise":
-        # every pair streamed
-        monkeypatch.setattr(pair_planner, "_group_sizes", lambda *_: [96])
-        peak = run(None)
-        assert plans[-1].group_rows == 96
-        assert peak <= plans[-1].peak_bytes + returned, (peak, plans[-1].peak_bytes, returned)
+        # all pairs together, and then groups of fewer, or pieces of the only pair
+        total = sum(map(sum, pair_rows))
+        assert max(sizes) >= total and min(sizes) <= total / 2

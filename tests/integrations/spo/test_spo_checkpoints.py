@@ -48,7 +48,7 @@ def saved_keys(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_bit_exact(tiny, tmp_path, kind):
-    """Four steps, a checkpoint and four more equal eight steps (faults 37)."""
+    """Four steps, a checkpoint and four more equal eight steps."""
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
     straight = make_trainer(tiny, tmp_path / "run", kind, **settings)
     straight.train()

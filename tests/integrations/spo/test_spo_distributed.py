@@ -177,7 +177,7 @@ def test_ddp_equals_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_fsdp2_gradients(tmp_path):
-    """Faults 28: the LM head in the root's group and in a group of its own."""
+    """Gradients of the unsharded run, the LM head in the root's group and in its own."""
     run_two_processes(__file__, "fsdp", tmp_path)
 
 
