@@ -1,7 +1,6 @@
 """``bradley_terry_loss``: both backends against the fp64 oracle, TRL's own loss, edges."""
 
 import math
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -335,13 +334,34 @@ def test_no_fp64_on_triton(backend, fields):
     assert_no_fp64_on_triton(bradley_terry_loss, backend, make_rewards(2), *fields)
 
 
+@pytest.fixture(scope="module")
+def reward_trainer(tmp_path_factory):
+    """TRL's RewardTrainer of a tiny model, which evaluates what it is given."""
+    trl = pytest.importorskip("trl")
+    from transformers import LlamaForSequenceClassification
+
+    from tests.helpers.trl_tiny import Tiny, arguments, tiny_config
+
+    folder = tmp_path_factory.mktemp("reward")
+    tiny = Tiny(folder)
+    model = LlamaForSequenceClassification(tiny_config(tiny.tokenizer, num_labels=1))
+    trainer = trl.RewardTrainer(
+        model=model,
+        args=arguments(folder, trl.RewardConfig),
+        train_dataset=tiny.dataset,
+        processing_class=tiny.tokenizer,
+    )
+    trainer.model.eval()
+    return trainer
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("center", CENTERS)
 @pytest.mark.parametrize("has_margins", [False, True])
-def test_agrees_with_trl(backend, dtype, center, has_margins):
+def test_agrees_with_trl(backend, dtype, center, has_margins, reward_trainer):
     """The batch loss, its gradient and the accuracy are those of TRL's own RewardTrainer."""
-    reward_trainer = pytest.importorskip("trl.trainer.reward_trainer")
     name, device = backend
+    reward_trainer.args.center_rewards_coefficient = center
     tensors = make_rewards(9, dtype=dtype)
     # the collator makes margins fp32 whatever the model's dtype
     margins = tensors.pop("margins").float()
@@ -349,23 +369,15 @@ def test_agrees_with_trl(backend, dtype, center, has_margins):
     logits = torch.cat(list(tensors.values()))[:, None]
 
     def theirs(dtype):
-        """Return TRL's loss, the gradient of the logits and the metrics."""
+        """Return TRL's loss, the gradient of the logits and the accuracy."""
         leaf = logits.to(dtype, copy=True).requires_grad_()
-        trainer = SimpleNamespace(
-            model=SimpleNamespace(training=False),
-            accelerator=SimpleNamespace(gather=lambda t: t, gather_for_metrics=lambda t: t),
-            args=SimpleNamespace(center_rewards_coefficient=center),
-            _metrics={"eval": defaultdict(list)},
-            _total_train_tokens=0,
-        )
         inputs = {} if margins is None else {"margin": margins.to(dtype)}
-        loss = reward_trainer.RewardTrainer.compute_loss(
-            trainer, lambda **inputs: SimpleNamespace(logits=leaf), inputs
-        )
+        loss = reward_trainer.compute_loss(lambda **_: SimpleNamespace(logits=leaf), inputs)
         loss.backward()
-        return loss.detach(), leaf.grad, trainer._metrics["eval"]
+        reward_trainer.log(logs := {})
+        return loss.detach(), leaf.grad, logs["eval_accuracy"]
 
-    oracle_loss, oracle_grad, metrics = theirs(torch.float64)
+    oracle_loss, oracle_grad, accuracy = theirs(torch.float64)
     trl_loss, trl_grad, _ = theirs(dtype)
     leaf = logits.to(device, copy=True).requires_grad_()
     out = bradley_terry_loss(
@@ -379,7 +391,7 @@ def test_agrees_with_trl(backend, dtype, center, has_margins):
     label = f"bradley_terry_loss[{name}] beside TRL"
     assert_within_budget(label, loss.cpu(), trl_loss.float(), oracle_loss)
     assert_within_budget(label, leaf.grad.cpu(), trl_grad, oracle_grad)
-    assert out.is_correct.float().mean().item() == pytest.approx(metrics["accuracy"][0])
+    assert out.is_correct.float().mean().item() == pytest.approx(accuracy)
     if dtype == torch.bfloat16:
         assert (loss.cpu() - oracle_loss).abs() <= (trl_loss - oracle_loss).abs()
         ours, trl = ((grad.cpu() - oracle_grad).abs().max() for grad in (leaf.grad, trl_grad))

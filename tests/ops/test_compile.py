@@ -93,15 +93,20 @@ def logprobs(leaves, labels, **settings):
     )
 
 
-def inputs(batch: int, tokens: int, needs=("hidden", "weight", "bias", "lora_a", "lora_b")):
+def inputs(
+    batch: int,
+    tokens: int,
+    needs=("hidden", "weight", "bias", "lora_a", "lora_b"),
+    device: str = "cpu",
+):
     generator = torch.Generator().manual_seed(tokens)
     shapes = {"hidden": (batch, tokens, H), "weight": (V, H), "bias": (V,)}
     shapes |= {"lora_a": (batch, tokens, 3), "lora_b": (V, 3)}
     tensors = {
-        name: torch.randn(shape, generator=generator).requires_grad_(name in needs)
+        name: torch.randn(shape, generator=generator).to(device).requires_grad_(name in needs)
         for name, shape in shapes.items()
     }
-    return tensors, torch.randint(0, V, (batch, tokens), generator=generator)
+    return tensors, torch.randint(0, V, (batch, tokens), generator=generator).to(device)
 
 
 def assert_same(found, wanted):
@@ -123,9 +128,7 @@ def assert_same(found, wanted):
 def test_forward_and_gradients(needs, settings, backend):
     """Without ignored rows, or with their number, a graph has the bits of an eager call."""
     name, device = backend
-    if device == "cuda":
-        pytest.skip("the same on both CPU backends")
-    tensors, labels = inputs(2, 6, needs)
+    tensors, labels = inputs(2, 6, needs, device)
     if "scored_rows" in settings:
         labels[0, 1:3] = -100
     wanted = run(logprobs, tensors, labels, backend=name, **settings)

@@ -114,6 +114,10 @@ def test_empty_and_ignored(backend, names, poisoned_empty):
         assert grad.isfinite().all() and not grad[0].any()
 
 
+# fp16 gradients round by half an eps, their smallest steps are 6e-8
+ROUNDING = {torch.float32: (1e-5, 1e-8), torch.float16: (6e-4, 1e-6)}
+
+
 @pytest.mark.parametrize("names", TYPES, ids="+".join)
 def test_extremes(backend, names):
     """NaN stays in its pair (its rank), margins of 1e4 and fp16 beyond its range."""
@@ -145,8 +149,9 @@ def test_extremes(backend, names):
                 where = (wanted.abs() < largest) & wanted.isfinite()
                 assert not value.isnan().any(), (chosen, rejected, beta)
                 assert value.cpu()[where].isfinite().all(), (chosen, rejected, beta)
+                rtol, atol = ROUNDING[dtype]
                 close = torch.isclose(
-                    value.cpu().double()[where], wanted[where], rtol=2e-3, atol=1e-6
+                    value.cpu().double()[where], wanted[where], rtol=rtol, atol=atol
                 )
                 assert close.all(), (chosen, rejected, beta, value, wanted)
 

@@ -46,6 +46,7 @@ BAD_KTO = [
     ({"desirable_weight": -1.0}, "desirable_weight must be a finite number >= 0.0, got -1.0"),
     ({"undesirable_weight": -1.0}, "undesirable_weight must be a finite number >= 0.0, got -1.0"),
     ({"beta": 0.0}, "beta must be a finite number > 0.0, got 0.0"),
+    ({"share_degree_head": False}, "share_degree_head must be True, since a row"),
 ]
 BAD_PAIRS = [
     ({"is_encoder_decoder": True}, "is_encoder_decoder must be unset or False: the fused LM head"),
@@ -64,6 +65,7 @@ EVERY_BAD += [(kind, *bad) for kind in CONFIGS[1:] for bad in BAD[:12]]
 EVERY_BAD += [(SPOKTOConfig, *bad) for bad in BAD_KTO]
 EVERY_BAD += [(SPOCPOConfig, *bad) for bad in BAD_PAIRS + BAD_CPO]
 EVERY_BAD += [(SPOORPOConfig, *bad) for bad in BAD_PAIRS]
+EVERY_BAD += [(SPOORPOConfig, {"beta": -0.1}, "beta must be a finite number >= 0.0, got -0.1")]
 
 
 @pytest.mark.parametrize(("kind", "settings", "message"), EVERY_BAD, ids=lambda v: str(v)[:40])

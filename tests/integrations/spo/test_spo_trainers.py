@@ -11,7 +11,6 @@ from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
-    HfArgumentParser,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -20,10 +19,7 @@ from trl.experimental.utils import DPODataCollatorWithPadding
 from spo_kernels import smart_stop_words
 from spo_kernels.integrations import (
     SPOConfig,
-    SPOCPOConfig,
     SPOCPOTrainer,
-    SPOKTOConfig,
-    SPOORPOConfig,
     SPOTrainer,
     patch_trl,
 )
@@ -262,28 +258,6 @@ def test_trains_under_the_patch(name, data, tmp_path):
         trainer.train()
     for n, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[n]) != parameter.requires_grad, n
-
-
-@pytest.mark.parametrize(
-    ("config", "settings", "message"),
-    [
-        (SPOKTOConfig, {"gamma": -1.0}, "gamma must be a finite number >= 0.0, got -1.0"),
-        (SPOKTOConfig, {"loss_type": "bco"}, "loss_type must be one of 'kto', .* got 'bco'"),
-        (SPOKTOConfig, {"share_degree_head": False}, "share_degree_head must be True, since a row"),
-        (SPOKTOConfig, {"desirable_weight": -1.0}, "desirable_weight must be a finite number >="),
-        (SPOCPOConfig, {"loss_type": "kto_pair"}, "loss_type must be one of 'sigmoid', .* got"),
-        (SPOCPOConfig, {"alpha": float("inf")}, "alpha must be a finite number, got inf"),
-        (SPOCPOConfig, {"is_encoder_decoder": True}, "is_encoder_decoder must be unset or False"),
-        (SPOORPOConfig, {"beta": -0.1}, "beta must be a finite number >= 0.0, got -0.1"),
-        (SPOORPOConfig, {"view": "tokens"}, "view must be one of 'hidden', 'text', got 'tokens'"),
-    ],
-)
-def test_config(config, settings, message, tmp_path):
-    with pytest.raises(ValueError, match=f"^{config.__name__}: {message}"):
-        arguments(tmp_path, config, **settings)
-    flags = f"--output_dir {tmp_path} --gamma 0.2 --view text --use_cpu --bf16 False".split()
-    (parsed,) = HfArgumentParser(config).parse_args_into_dataclasses(flags)
-    assert (parsed.gamma, parsed.view, parsed.num_degrees) == (0.2, "text", 4)
 
 
 @pytest.mark.parametrize("name", ["dpo", *METHODS])

@@ -506,19 +506,20 @@ def test_several_adapters_and_their_dtype():
         found = model(**make_batch(), fused_lm_head=True).log_probs
         logp = model(**batch).logits[:, :-1].float().log_softmax(-1)
         expected = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask
-        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
         return found
 
-    both = check(1e-4)
+    both = check(2e-5)
     with model.disable_adapter():
-        assert not torch.allclose(check(1e-4), both)
+        assert not torch.allclose(check(2e-5), both)
     model.merge_adapter()
-    torch.testing.assert_close(check(1e-4), both, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(check(2e-5), both, atol=1e-4, rtol=0)
     model.unmerge_adapter()
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.bfloat16()
-    check(0.3)
+    # the model's own logits, up to 31, are rounded to multiples of 1 / 8
+    check(1 / 8)
 
 
 @pytest.mark.parametrize(
