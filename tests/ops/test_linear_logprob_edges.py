@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from spo_kernels import linear_logprob
+from tests.helpers.budgets import smallest_budget
 from tests.helpers.logprob_cases import (
     ALL_OUTPUTS,
     DIFFERENTIABLE,
@@ -240,15 +241,18 @@ def test_small_fp16_gradients(backend):
 def test_chunks(backend):
     """The error of the gradients does not grow with the number of chunks they are summed over."""
     name, device = backend
-    if name == "triton":
-        pytest.skip("the triton backend's chunks start at 256 columns: see test_agrees_with_itself")
+    if backend == ("triton", "cpu"):
+        pytest.skip("as many columns as chunks need are minutes in the interpreter")
     case = make_case(rows=256, H=64, V=9000, dtype=torch.bfloat16, device=device, ignored=0.0)
     errors = []
     _, oracle_grads = case.evaluate("oracle", ("hidden", "weight"))
-    for budget in (1 << 30, 6 << 20):
-        _, grads = case.evaluate(
-            "op", ("hidden", "weight"), strategy="recompute", budget_bytes=budget, backend=name
-        )
+
+    def run(budget):
+        settings = {"strategy": "recompute", "budget_bytes": budget, "backend": name}
+        return case.evaluate("op", ("hidden", "weight"), **settings)
+
+    for budget in (1 << 30, smallest_budget(run)):
+        _, grads = run(budget)
         errors.append([relative_norm(grads[k], oracle_grads[k]) for k in ("hidden", "weight")])
     assert all(b <= 1.1 * a for a, b in zip(*errors, strict=True))
 
