@@ -20,7 +20,7 @@ endif
 
 # the tests run in parallel processes: without this each of them would start a thread per core
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-PAIRS_OPTION := $(if $(REAL_PAIRS),--real_pairs "$(REAL_PAIRS)")
+PAIRS_OPTION := $(if $(REAL_PAIRS),--real_pairs="$(REAL_PAIRS)")
 # TRITON_INTERPRET is read when triton is imported, so interpreter and compiler tests cannot share a process
 COMPILE_TESTS := $(sort $(wildcard tests/kernels/test_kernels_compile*.py))
 PYTEST := $(PYTHON) -m pytest -q

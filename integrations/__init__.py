@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # what a type checker sees; a test holds it to the table below
+    # for type checkers; a test holds this list to the table below
     from spo_kernels.integrations.data.recipes import (
         RewardAugmentation,
         ScoreMarginFilter,

@@ -1,4 +1,4 @@
-"""What the planner's time model and the tile table need of a device, measured with the op itself.
+"""Measures a device with the op itself: rates for the planner, tiles for the tile table.
 
     time = units * 2 N H V / flops + bytes moved / bandwidth
 
@@ -38,7 +38,7 @@ _ROUNDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One strategy at one shape: what it costs in the model's terms, and its measured time."""
+    """One strategy at one shape: its cost in the model's terms, and its measured time."""
 
     strategy: str
     rows: int

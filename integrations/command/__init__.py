@@ -1,1 +1,1 @@
-"""What the command line runs: train and demo."""
+"""The command line's train and demo."""

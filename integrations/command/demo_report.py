@@ -1,4 +1,4 @@
-"""What the demo shows at its end: the curves as a PNG, the peak memory it measures, the table."""
+"""The end of the demo: the curves as a PNG, the measured peak memory, the table."""
 
 import json
 import tempfile
@@ -120,7 +120,7 @@ def draw_curves(warm_up: Curve, history: Sequence[Mapping[str, Any]], path: Path
 
 
 def summary_table(rows: Sequence[tuple[str, str, str]]) -> Table:
-    """Return a table of (what, value, what it is compared with)."""
+    """Return a table of (quantity, value, its comparison)."""
     table = Table(title="spo-kernels demo", title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")

@@ -38,7 +38,7 @@ METHODS = {
     "orpo": ("SPOORPOConfig", "SPOORPOTrainer"),
 }
 
-# what a mistake in flags, files or data raises before training begins
+# raised by a mistake in flags, files or data, before training begins
 SETUP_ERRORS = (
     DatasetsError,
     ImportError,
@@ -114,7 +114,8 @@ def make_parser(method: str = "dpo") -> TrlParser:
 def prepare(arguments: Sequence[str]) -> TrainJob:
     """Return the job that ``arguments`` describe; nothing stays written where that fails.
 
-    Raises: one of ``SETUP_ERRORS`` for a mistake in flags, data or model.
+    Raises:
+        SETUP_ERRORS: one of them for a mistake in flags, data or model.
     """
     method, script, args, model, random_model = parse(arguments)
     output_dir = Path(args.output_dir)

@@ -23,8 +23,9 @@ def load_pairs(
 
     With ``unpaired`` the rows may also be single responses: ``completion`` and a boolean ``label``.
 
-    Raises: ValueError for a dataset that is empty, lacks a column, or (streamed: in its first row)
-    has a row without a usable response.
+    Raises:
+        ValueError: a dataset that is empty, lacks a column, or (streamed: in its first row) has a
+            row without a usable response.
     """
     path = Path(name)
     if path.suffix in BUILDERS and not path.is_dir():

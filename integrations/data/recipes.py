@@ -46,7 +46,8 @@ class RewardAugmentation:
         system_role: False for models whose chat template has no system role: the goal then goes in
             front of the first user message.
         chosen_score, rejected_score: names of the score columns.
-    Raises: ValueError (columns, rows, scores, template).
+    Raises:
+        ValueError: columns, rows, scores or template.
     Source: Zhang et al. 2024, arXiv:2410.08067. Differs from the authors' code by: without a system
         role the whole response is swapped too, not its first message alone.
     """
@@ -141,7 +142,8 @@ class ScoreMarginFilter:
     Args:
         threshold: finite; the paper tries 0, 0.1, 0.5 and 1.
         chosen_score, rejected_score: names of the score columns.
-    Raises: ValueError (columns, scores, threshold).
+    Raises:
+        ValueError: columns, scores or threshold.
     Source: Tajwar et al. 2024, arXiv:2404.14367. Differs from it by: the sign.
     """
 
@@ -187,7 +189,9 @@ def mix_on_policy(
         num_rows: rows of the mix; None is as many as both datasets allow. Give the same number at
             every ratio to compare ratios.
         seed: >= 0.
-    Raises: ValueError (range, empty dataset, columns, too few rows), TypeError (not two datasets).
+    Raises:
+        ValueError: range, an empty dataset, columns or too few rows.
+        TypeError: not two datasets.
     Source: Tajwar et al. 2024, arXiv:2404.14367.
     """
     if not _is_number(on_policy_ratio) or not 0.0 <= on_policy_ratio <= 1.0:

@@ -41,7 +41,7 @@ _NOT_FOR_DECODER = {
 
 @dataclass(frozen=True)
 class FusedLossSettings:
-    """What a fused forward adds to the cross-entropy and hands on to ``linear_logprob``."""
+    """Terms that a fused forward adds to the cross-entropy, and arguments of ``linear_logprob``."""
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -80,8 +80,10 @@ def fuse_lm_head(
         ``FusedLMHead``, whose ``undo()`` gives the model its own forward back; also a context
         manager.
     Gradients: as the model's own loss, to every parameter.
-    Raises: TypeError (not such a model), ValueError (a range, other settings than before),
-        NotImplementedError (an architecture, head or adapter that cannot).
+    Raises:
+        TypeError: not such a model.
+        ValueError: a range; other settings than before.
+        NotImplementedError: an architecture, head or adapter that cannot.
     Source: label smoothing as in transformers' LabelSmoother, z-loss as in Chowdhery et al. 2022,
         arXiv:2204.02311, section 5. Differs from the stock loss by: logits in fp32; a batch without
         a label costs 0, not NaN.
@@ -111,7 +113,7 @@ class FusedLMHead:
         def forward(self: PreTrainedModel, *args: Any, **inputs: Any):
             return getattr(self, _ATTRIBUTE)(*args, **inputs)
 
-        # what generate() and Trainer may pass is read off the signature
+        # generate() and Trainer read off the signature which arguments they may pass
         forward.__signature__ = inspect.signature(type(model).forward)
         self.settings: FusedLossSettings | None = None
         self._model = model

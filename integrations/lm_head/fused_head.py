@@ -50,7 +50,7 @@ class SPOCausalLMOutput(FusedCausalLMOutput):
 
 @dataclass(frozen=True)
 class FusedHeadSettings:
-    """What the fused head hands on to ``linear_logprob`` and to the pooling of text views."""
+    """Arguments of the fused head for ``linear_logprob`` and for the pooling of text views."""
 
     budget_bytes: int | None = None
     backend: str = "auto"
@@ -93,7 +93,7 @@ def install_fused_head(
     def forward(self: PreTrainedModel, *args: Any, **inputs: Any):
         return fused(self, *args, **inputs)
 
-    # what generate() may pass is read off the signature
+    # generate() reads off the signature which arguments it may pass
     forward.__signature__ = inspect.signature(type(model).forward)
     # engines take a forward apart and bind it again, so it has to be a method
     model.forward = types.MethodType(forward, model)

@@ -1,4 +1,4 @@
-"""What every fused LM head needs of a model: its logit transform, its plain layer, its weight.
+"""Read off a model for its fused LM head: the logit transform, the plain layer, the weight.
 
 Needs transformers only; PEFT is imported where a model already uses it.
 """

@@ -1,4 +1,4 @@
-"""What the SPO trainers refuse before the first step: models, settings, engines, budgets."""
+"""Refusals of the SPO trainers before the first step: models, settings, engines, budgets."""
 
 from typing import Any
 

@@ -21,12 +21,12 @@ from spo_kernels.integrations.spo.policy_call import without_added
 from spo_kernels.integrations.trl_patch.init import mark_fused_head
 from spo_kernels.integrations.trl_patch.pairs import PAIR_OUTPUTS, cpo_forward, orpo_forward
 
-# what TRL renders and tokenizes of a row
+# columns of a row that TRL renders and tokenizes
 _RAW_COLUMNS = ("prompt", "chosen", "rejected", "chat_template_kwargs")
 
 
 class _PairTrainer(SPOTrainerMixin):
-    """What TRL's trainers without a reference model share: they tokenize while they are built."""
+    """Shared by TRL's trainers without a reference model, which tokenize while they are built."""
 
     @contextmanager
     def _built_by_trl(self, given: dict[str, Any], settings: FusedHeadSettings) -> Iterator[None]:
@@ -83,7 +83,9 @@ class SPOCPOTrainer(_PairTrainer, CPOTrainer):
     a fused head without logits. L is that of ``SPOTrainer``. Arguments are CPOTrainer's; ``args``
     is an ``SPOCPOConfig``, ``processing_class`` a fast tokenizer.
 
-    Raises: ValueError, TypeError, NotImplementedError for what cannot be trained, before training.
+    Raises:
+        ValueError, TypeError, NotImplementedError: a model, dataset or setting that cannot be
+            trained, before training.
     """
 
     _tag_names = ["trl", "spo", "cpo"]
@@ -99,7 +101,9 @@ class SPOORPOTrainer(_PairTrainer, ORPOTrainer):
     ``SPOTrainer``. Arguments are ORPOTrainer's; ``args`` is an ``SPOORPOConfig``,
     ``processing_class`` a fast tokenizer.
 
-    Raises: ValueError, TypeError, NotImplementedError for what cannot be trained, before training.
+    Raises:
+        ValueError, TypeError, NotImplementedError: a model, dataset or setting that cannot be
+            trained, before training.
     """
 
     _tag_names = ["trl", "spo", "orpo"]

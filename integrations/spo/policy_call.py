@@ -1,6 +1,7 @@
-"""Stands in for the policy inside TRL's loss, which passes a batch on to every call it makes.
+"""Stands in for the policy inside TRL's loss: one of its calls gets the batch's degree inputs.
 
-What the collator adds is meant for one of them: the one that scores the batch's own labels.
+TRL passes a batch on to every call it makes; only the call that scores the batch's own labels may
+see the columns that the collator has added.
 """
 
 from typing import Any
@@ -10,13 +11,13 @@ from torch import nn
 
 from spo_kernels.integrations.lm_head.fused_head import SPOCausalLMOutput
 
-# what the collator adds to a batch of TRL's
+# columns that the collator adds to a batch of TRL's
 _VIEW_TENSORS = ("view_input_ids", "view_attention_mask", "view_completion_mask", "view_order")
 _ADDED_KEYS = frozenset(("removal_levels", "segment_offsets", "scored_rows", *_VIEW_TENSORS))
 
 
 def without_added(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a batch TRL knows."""
+    """Return a batch without the added columns, as TRL knows it."""
     return {name: value for name, value in inputs.items() if name not in _ADDED_KEYS}
 
 

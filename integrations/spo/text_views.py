@@ -39,6 +39,6 @@ def telescope(
     segment_end = segment_offsets[torch.bucketize(place, segment_offsets, right=True)]
     kept_rows = (segment_end - place)[:, None]
     sums = pooled[view_order] * kept_rows
-    # what the next view lacks; the last view of a response stands alone
+    # levels that the next view lacks; the last view of a response stands alone
     following = torch.cat((sums[1:], sums[-1:]))
     return sums - following.where((removal_levels != 0)[:, None], 0.0)

@@ -22,7 +22,7 @@ from spo_kernels.integrations.spo.policy_call import PolicyCall, without_added
 
 
 class _ReferenceTrainer(SPOTrainerMixin):
-    """What TRL's trainers with a reference model share: dataset, collation, fused head, loss."""
+    """Shared by TRL's trainers with a reference model: dataset, collation, fused head, loss."""
 
     # whose ``add_fused_lm_head`` the trainer calls
     _module: ModuleType
@@ -81,7 +81,9 @@ class SPOTrainer(_ReferenceTrainer, DPOTrainer):
     are DPOTrainer's; ``args`` is an ``SPOConfig``, ``processing_class`` a fast tokenizer, and a
     ``data_collator`` of your own has to return what ``spo_kernels.PreferenceCollator`` returns.
 
-    Raises: ValueError, TypeError, NotImplementedError for what cannot be trained, before training.
+    Raises:
+        ValueError, TypeError, NotImplementedError: a model, dataset or setting that cannot be
+            trained, before training.
     """
 
     _tag_names = ["trl", "spo"]
@@ -110,7 +112,9 @@ class SPOKTOTrainer(_ReferenceTrainer, KTOTrainer):
     tokenizer, and a ``data_collator`` of your own has to return what ``UnpairedDegreeCollator`` of
     ``spo_kernels.integrations.degree_collators`` returns.
 
-    Raises: ValueError, TypeError, NotImplementedError for what cannot be trained, before training.
+    Raises:
+        ValueError, TypeError, NotImplementedError: a model, dataset or setting that cannot be
+            trained, before training.
     """
 
     _tag_names = ["trl", "spo", "kto"]

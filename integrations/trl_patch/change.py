@@ -105,7 +105,7 @@ class TRLPatch:
             return
         if attribute:
             owner = getattr(owner, attribute)
-        # what the owner itself holds: neither inherited nor bound
+        # the owner's own attribute: neither inherited nor bound
         original = vars(owner)[change.name]
         replacement = change.make(original)
         setattr(owner, change.name, replacement)

@@ -1,4 +1,4 @@
-"""CPO (SimPO, AlphaPO), ORPO and TPO on the fused head: what their methods do without logits."""
+"""CPO (SimPO, AlphaPO), ORPO and TPO on the fused head: their methods without logits."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from spo_kernels.integrations.trl_patch.init import fused_head_after_init, fused
 _CPO = "trl.experimental.cpo.cpo_trainer"
 _ORPO = "trl.experimental.orpo.orpo_trainer"
 _TPO = "trl.experimental.tpo.tpo_trainer"
-# what the methods of CPO and ORPO below read, besides log-probs
+# outputs that the methods of CPO and ORPO below read, besides log-probs
 PAIR_OUTPUTS = ("position_mean_logits",)
 _NO_LOGITS = "scores chosen and rejected labels on the fused head, without logits"
 

@@ -24,8 +24,11 @@ def patch_trl(
     Returns:
         ``TRLPatch``, a context manager with ``report()`` and ``undo()``; while TRL is patched every
         call returns the same one.
-    Raises: ValueError (range, another setting than the active patch's), TypeError (type),
-        RuntimeError (an untested TRL), ImportError (no TRL).
+    Raises:
+        ValueError: range; another setting than the active patch's.
+        TypeError: type.
+        RuntimeError: an untested TRL.
+        ImportError: no TRL.
     """
     _check_settings(budget_bytes, backend)
     if not allow_untested:

@@ -1,1 +1,1 @@
-"""What a call hands from layer to layer: its checked state, its checks, the loss table."""
+"""Shared by all layers: state of a call, checks and error texts, the loss table, layout."""

@@ -1,4 +1,4 @@
-"""Which backend runs a call: what the machine has, and what the caller asked for."""
+"""Which backend runs a call: the caller's choice, if the machine can."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""How tiles lie in memory: what a backend's kernels and the planner's byte counts must agree on."""
+"""How tiles lie in memory; the kernels and the planner's byte counts must agree on it."""
 
 import math
 

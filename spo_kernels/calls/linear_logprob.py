@@ -47,7 +47,7 @@ class Settings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Non-tensor state of a call: its wishes, what the planner made of them, its rows of a head."""
+    """Non-tensor state of a call: its wishes, the plan for them, and a rank's rows of the head."""
 
     settings: Settings
     plan: Plan
@@ -123,7 +123,7 @@ class Inputs(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a forward keeps for its backward; fields a strategy does not use are None."""
+    """Kept by a forward for its backward; fields that a strategy does not use are None."""
 
     target_logit: torch.Tensor  # [N] fp32
     logsumexp: torch.Tensor  # [N] fp32
@@ -133,8 +133,8 @@ class Kept(NamedTuple):
     direction_lora: torch.Tensor | None = None  # [N, R] d logps / d lora_a
     direction_scale: torch.Tensor | None = None  # [2, N] fp32, row scales of the two directions
     exps: torch.Tensor | None = None  # [N, V] exponentials
-    exp_reference: torch.Tensor | None = None  # what exps are relative to, see each backend
-    share: torch.Tensor | None = None  # [N] fp32, this rank's part of the softmax
+    exp_reference: torch.Tensor | None = None  # reference of exps, see each backend
+    share: torch.Tensor | None = None  # [N] fp32, this rank's share of the softmax
 
     def label_probs(self) -> torch.Tensor:
         """Return ``[N]`` p_label."""

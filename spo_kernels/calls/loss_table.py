@@ -62,14 +62,14 @@ class LossType:
             so that a weight of a pair has no meaning; "statistic", the scores and one statistic of
             all margins; "policy", the policy's log-probs alone; "response", the third response.
         parameters: names of its family's parameters in the formula.
-        inputs: what it needs beside log-probs: "lengths", "response", "response_lengths",
+        inputs: needed beside log-probs: "lengths", "response", "response_lengths",
             "rewards".
         positive: parameters that must be > 0 here though their range holds 0.
         mean_over: the responses whose tokens in the whole batch it is a mean over: 0 chosen,
             1 rejected, 2 the third one.
         divergence: it may be combined with an f-divergence (arXiv:2309.16240): it is a function of
             ``c - r``, or of no score at all.
-        peers: what else has it: "TRL" 1.16, "Liger" 0.8.5.
+        peers: other libraries that have it: "TRL" 1.16, "Liger" 0.8.5.
     """
 
     name: str
@@ -115,7 +115,7 @@ PARAMETERS = (
     Parameter("min_reward_margin", 0.0, 0.0, _INF, "pairs nearer than this count 0", closed="low"),
 )
 
-# one value of every parameter, what a backend is handed; the last one is derived from ada_rho
+# one value of every parameter, as backends take them; the last one is derived from ada_rho
 Parameters = namedtuple("Parameters", [*(row.name for row in PARAMETERS), "ada_inverse_root"])
 
 # a batch type's kernel holds all pairs of a call in one program
@@ -402,7 +402,7 @@ LOSS_TYPES = (
 
 LOSS_TYPE_NAMES = tuple(row.name for row in LOSS_TYPES)
 
-# f'(t) of t = policy / reference: what stands in for the score of a type with divergence=True
+# f'(t) of t = policy / reference, in place of the score of a type with divergence=True
 F_DIVERGENCES = {
     "reverse_kl": "c",
     "forward_kl": "1 - exp(-c)",

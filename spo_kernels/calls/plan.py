@@ -1,4 +1,4 @@
-"""A plan: what one call over a linear head runs, and the table it was chosen from."""
+"""A plan: the strategy and chunks of one call over a linear head, and the table behind it."""
 
 import dataclasses
 from typing import Literal

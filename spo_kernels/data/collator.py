@@ -11,7 +11,7 @@ view="hidden"
 view="text": E shortened responses, M = S + E sequences
     view_input_ids, view_attention_mask, view_completion_mask  [E, T]
     view_order       [M] int64: where in the S + E sequences the views of response 0, 1, ... are
-    removal_levels   [M] int8: what view_order[m] holds and the next view lacks, 0 for the last one
+    removal_levels   [M] int8: the level in view_order[m] that the next view lacks, 0 in the last
     segment_offsets  [S + 1] int64: response s = views offsets[s]:offsets[s + 1] of view_order
     scored_rows      int
 """

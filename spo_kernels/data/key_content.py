@@ -36,7 +36,9 @@ class KeyPhrase(NamedTuple):
 def smart_stop_words(language: str = "en") -> frozenset[str]:
     """Return the stop words for ``language``: python-rake's SMART list, the only one there is.
 
-    Raises: ValueError (a language without a list), ImportError (python-rake is missing).
+    Raises:
+        ValueError: a language without a list.
+        ImportError: python-rake is missing.
     """
     if language != "en":
         raise ValueError(

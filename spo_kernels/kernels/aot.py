@@ -24,7 +24,7 @@ _TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclasses.dataclass(frozen=True)
 class AotRow:
-    """What one compiled kernel uses."""
+    """Resources and instructions of one compiled kernel."""
 
     kernel: str
     arch: str
@@ -61,7 +61,7 @@ def report(
 
 
 def _compile(case: Case) -> AotRow:
-    # what a launch finds divisible by 16: pointers, padded strides and usual ranks, and H and the
+    # a launch finds these divisible by 16: pointers, padded strides and usual ranks, and H and the
     # row strides but for the half rows that exist because those are not
     divisible = {"R", "ROWS", "stride_exps_n", "stride_grad_n", "stride_grad_weight_v"}
     if not case.unaligned:

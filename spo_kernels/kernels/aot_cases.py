@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: every kernel with its tiles, switches and argument types.
+"""The cases compiled ahead of time: every kernel with its tiles, switches and argument types.
 
 Tiles come from the same table and switches from the same constants as those of a launch.
 """

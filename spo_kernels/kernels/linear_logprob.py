@@ -295,7 +295,7 @@ class _Head:
 
 
 class _ScoredChunk(NamedTuple):
-    """What the strategies read of a scored row chunk beside its row outputs."""
+    """Read by the strategies of a scored row chunk, beside its row outputs."""
 
     part_max: torch.Tensor  # [S, n] fp32
     reference: torch.Tensor | None  # [n] fp32, one reference a row

@@ -171,7 +171,7 @@ def _linear_logprob_bwd_logits_kernel(
 @triton.jit(do_not_specialize=["N", "V", "v_start"])
 def _linear_logprob_bwd_exps_kernel(
     exps_ptr,  # [N, V] fp16|fp32: one slice of the kept exponentials
-    part_max_ptr,  # [S, N] fp32: maxima of the parts, what exps are relative to
+    part_max_ptr,  # [S, N] fp32: maxima of the parts, the references of exps
     labels_ptr,  # [N] int64
     logsumexp_ptr,  # [N] fp32
     entropy_ptr,  # [N] fp32

@@ -179,7 +179,7 @@ def approx_ndcg(responses, parameters):
 def list_mle(responses, parameters):
     y, psi = responses.y, responses.psi
     is_there, offs_k = responses.is_there, responses.offs_k
-    # [i, j]: j comes after i; what j takes of i's softmax
+    # [i, j]: j comes after i, and its share of i's softmax
     is_after = _comes_before(psi, is_there, offs_k) | (offs_k[None, :] == offs_k[:, None])
     is_after = ~is_after & is_there[None, :] & is_there[:, None]
     ahead = tl.where(is_after, y[None, :] - y[:, None], float("-inf"))

@@ -3,16 +3,8 @@
 A tile is never chosen by row count, strategy or outputs, so a row's log-prob has the same bits
 wherever it is computed. Rows were chosen by compiling ahead of time: the largest tile that spills
 next to nothing under the outputs TRL asks for (``spo-kernels aot`` prints the report);
-``spo-kernels tune`` times them beside others on a GPU. An H200 has timed the sm_90 rows of half
-dtypes with TMA, at 8192 rows: "fwd" gains up to a tenth with groups of 16 row blocks, "bwd" up to
-13% with 128 x 256 and 8 warps; every other row is untimed.
-
-Warp specialisation is in none. For sm_90 Triton 3.6 to 3.9 emit it only with 4 warps in a loop that
-is not flattened; there a trial on the H200 gained up to a fifth of the forward at H 896 and nothing
-at H 4096, and one tile gave a wrong maximum. For sm_100 3.6 fails to compile these kernels with it
-and 3.9 spills. One loop over tiles and their products, which would load a tile's first operands
-under the epilogue before it, is in none either: both versions then make each product wait for the
-last one.
+``spo-kernels tune`` times them beside others on a GPU. ``TUNING.md`` beside this file says what was
+tried, with which compiler, and when.
 """
 
 import dataclasses
@@ -38,7 +30,7 @@ class Tile:
 
     @property
     def max_registers(self) -> int:
-        """What a thread may use for ``programs_per_sm`` programs to run side by side."""
+        """Registers a thread may use so that ``programs_per_sm`` programs run side by side."""
         # registers are handed out 8 a thread
         return min(255, _SM_REGISTERS // (32 * self.num_warps * self.programs_per_sm) // 8 * 8)
 

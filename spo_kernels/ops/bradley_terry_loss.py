@@ -69,8 +69,10 @@ def bradley_terry_loss(
         ``accuracy``.
     Gradients: chosen_rewards, rejected_rewards through ``losses``. Not differentiable: margins; no
         double backward.
-    Raises: ValueError (shape, range, device), TypeError (dtype), NotImplementedError (backend
-        cannot).
+    Raises:
+        ValueError: shape, range or device.
+        TypeError: dtype.
+        NotImplementedError: the backend cannot.
     Source: Ouyang et al. 2022, arXiv:2203.02155, Eq. 1; margins: Touvron et al. 2023,
         arXiv:2307.09288, Eq. 2; centring: Eisenstein et al. 2023, arXiv:2312.09244, Eq. 2.
     """

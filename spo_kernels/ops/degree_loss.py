@@ -73,8 +73,11 @@ def degree_loss(
         ``[S]`` int32, ``view_mask`` ``[S, K]`` bool, true where a view is counted.
     Gradients: hidden, head_weight, head_bias through ``losses``. Not differentiable: levels,
         offsets, the other outputs; no double backward.
-    Raises: ValueError (shape, range, device), TypeError (dtype), RuntimeError (a head without
-        elements), NotImplementedError (backend cannot).
+    Raises:
+        ValueError: shape, range or device.
+        TypeError: dtype.
+        RuntimeError: a head without elements.
+        NotImplementedError: the backend cannot.
     Source: our definition of the degree loss of SPO, arXiv:2409.17791, whose text gives no formula.
     """
     _check(hidden, removal_levels, segment_offsets, head_weight, head_bias, center_views)

@@ -78,7 +78,7 @@ def linear_logprob(
         labels: ``[...]`` int64/int32 aligned with hidden (already shifted), in [0, V) or
             ``ignore_index``.
         bias: ``[V]`` or None.
-        lora: ``(a_out [..., r], b [V, r])`` adds ``a_out @ b.T`` to the logits, or None.
+        lora: ``(a_out [..., R], b [V, R])`` adds ``a_out @ b.T`` to the logits, or None.
         temperature, logit_scale: Python floats > 0.
         softcap: Python float > 0 or None.
         outputs: which fields to return: logps, entropy, logsumexp, mean_logits, is_top1 (the first
@@ -99,9 +99,12 @@ def linear_logprob(
         differentiable: labels, is_top1, log_sum_sq_probs; no double backward. With a group the
         upstream gradients have to be the same on every rank; hidden's and a_out's are summed over
         the ranks, one collective each; the forward has two, of three numbers and of row statistics.
-    Raises: ValueError (shape, range, device, budget), TypeError (dtype), IndexError (a label
-        outside [0, V)), RuntimeError (an empty, sharded weight; double backward),
-        NotImplementedError (a strategy or backend that cannot).
+    Raises:
+        ValueError: shape, range, device or budget.
+        TypeError: dtype.
+        IndexError: a label outside [0, V).
+        RuntimeError: an empty, sharded weight; double backward.
+        NotImplementedError: a strategy or backend that cannot.
     Source: the ``direction`` identity d logp / dh = W_y - sum_v p_v W_v is ours; recomputing tiles
         as in Wijmans et al. 2024, arXiv:2411.09009. Differs from it by: logits in fp32, no
         gradient filter, a byte budget.

@@ -1,4 +1,4 @@
-"""Vocab-parallel ``linear_logprob``: what ranks that hold a slice of the head each exchange.
+"""Vocab-parallel ``linear_logprob``: ranks with a slice of the head each exchange row statistics.
 
     q_r       = exp(logsumexp_r - logsumexp)                     rank r's share of the softmax
     logsumexp = log(sum_r q'_r rest_r + exp(z_y))                q' before it is normalised

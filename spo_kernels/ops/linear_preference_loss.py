@@ -129,9 +129,12 @@ def linear_preference_loss(
         for fp64 hidden states).
     Gradients: hidden, weight, bias, a_out, b through ``loss``. Not differentiable: everything else;
         no double backward.
-    Raises: ValueError (shape, range, device, budget), TypeError (dtype), IndexError (a label
-        outside [0, V)), RuntimeError (an empty, sharded weight; double backward),
-        NotImplementedError (a strategy or backend that cannot).
+    Raises:
+        ValueError: shape, range, device or budget.
+        TypeError: dtype.
+        IndexError: a label outside [0, V).
+        RuntimeError: an empty, sharded weight; double backward.
+        NotImplementedError: a strategy or backend that cannot.
     Source: computing a loss's gradient while its logits live as in Hsu et al. 2024 (Liger),
         arXiv:2410.10989. Differs from it by: log-probs in fp32, sums over groups in fp32, any loss
         type, no vocabulary-sized tile outside the budget.

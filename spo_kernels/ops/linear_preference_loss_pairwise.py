@@ -40,7 +40,7 @@ class PairwiseCall:
 
 
 class PairTensors(NamedTuple):
-    """What the loss reads beside the log-probs."""
+    """Tensors that the loss reads beside the log-probs."""
 
     row_counts: torch.Tensor  # [roles, P] int64: pair_rows on the device
     token_counts: torch.Tensor  # [responses, P] int64: pair_tokens on the device
@@ -287,7 +287,7 @@ class _Run:
 
 
 def _gather(tensor: torch.Tensor | None, order: list[slice]) -> torch.Tensor | None:
-    """Return the rows in another order; what is in order stays."""
+    """Return the rows in another order; a tensor already in order is not copied."""
     if tensor is None or len(order) == 1 or _is_sorted(order):
         return tensor
     return torch.cat([tensor[run] for run in order])

@@ -91,8 +91,10 @@ def listwise_preference_loss(
         ``counted`` ``[B]`` bool.
     Gradients: logps through ``losses``. Not differentiable: labels, reference log-probs, the
         weights of ``lipo_lambda``, the other outputs; no double backward.
-    Raises: ValueError (shape, range, device, unknown type), TypeError (dtype), NotImplementedError
-        (backend cannot).
+    Raises:
+        ValueError: shape, range, device or an unknown type.
+        TypeError: dtype.
+        NotImplementedError: the backend cannot.
     Source: neural_ndcg, approx_ndcg: Zhao et al. 2024, arXiv:2410.04346. neural_ndcg differs from
         it by: always 50 Sinkhorn rounds, where the authors' code stops all lists of a batch
         together at a tolerance of 1e-6, no rounding to fp16, no 1e-10 beside the ideal DCG.

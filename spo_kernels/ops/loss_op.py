@@ -225,7 +225,7 @@ def _likes_of(sizes: Sequence[int], forms: Sequence[str]) -> list[Like | None]:
 
 
 def _owned(values: Any) -> list[torch.Tensor]:
-    """Return contiguous tensors, no two in one storage: what an op may return."""
+    """Return contiguous tensors, no two in one storage, as a custom op must."""
     owned, seen = [], set()
     for value in values:
         value = value.contiguous()

@@ -135,8 +135,10 @@ def preference_loss(
         policy's summed ``chosen_logps``, ``rejected_logps``, each ``[P]`` fp32.
     Gradients: chosen_logps, rejected_logps, response_logps through ``losses``. Not differentiable:
         everything else; no double backward.
-    Raises: ValueError (shape, range, device, unknown type), TypeError (dtype), NotImplementedError
-        (backend cannot).
+    Raises:
+        ValueError: shape, range, device or an unknown type.
+        TypeError: dtype.
+        NotImplementedError: the backend cannot.
     Source: the papers named in ``loss_table.LOSS_TYPES``, one a row, with what differs from them.
     """
     chosen = Side(

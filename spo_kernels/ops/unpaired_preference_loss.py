@@ -97,8 +97,10 @@ def unpaired_preference_loss(
     Gradients: logps through ``losses``, in its shape and dtype: each token has its response's
         gradient, tokens outside every segment have 0. Not differentiable: everything else; no
         double backward.
-    Raises: ValueError (shape, range, device, unknown type), TypeError (dtype), NotImplementedError
-        (backend cannot).
+    Raises:
+        ValueError: shape, range, device or an unknown type.
+        TypeError: dtype.
+        NotImplementedError: the backend cannot.
     Source: kto: Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 7, as in TRL. apo_zero_unpaired:
         D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7. bco: Jung et al. 2024,
         arXiv:2404.04656, without its density-ratio weights.

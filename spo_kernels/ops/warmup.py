@@ -1,4 +1,4 @@
-"""Public ``warmup``: what must have happened before a CUDA graph captures a step."""
+"""Public ``warmup``: runs a step until a CUDA graph can capture it."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,15 @@ _OP = "warmup"
 def warmup(step: Callable[[], object], *, rounds: int = 3) -> None:
     """Run a step until ``torch.cuda.graph`` can capture it.
 
-    The step runs eagerly on a side stream, which makes what is made once (cuBLAS's workspaces, for
-    one), and is then captured into a graph that is thrown away. A captured step reads nothing on
-    the host, so without ``scored_rows`` it scores every row, with kernels that an eager one need
+    The step runs eagerly on a side stream, so that one-time allocations (cuBLAS's workspaces, for
+    one) exist, and is then captured into a graph that is thrown away. A captured step reads nothing
+    on the host, so without ``scored_rows`` it scores every row, with kernels that an eager one need
     not have used; they are compiled and loaded in that capture, which allows it
-    (``capture_error_mode="relaxed"``), and not in yours, which would fail. On a machine without a
-    GPU there is nothing to capture: the step runs once. A capture computes nothing, so one more
-    eager run follows it: what the step leaves behind (``.grad``, say) holds numbers.
+    (``capture_error_mode="relaxed"``), and not in yours, which would fail.
+    ``torch.cuda.make_graphed_callables`` warms up eagerly only and would meet those kernels in its
+    own capture. On a machine without a GPU there is nothing to capture: the step runs once. A
+    capture computes nothing, so one more eager run follows it, and ``.grad`` and the like hold
+    numbers.
 
     A replay costs no host time, which is most of a small call: on an H200 forward + backward of
     ``linear_logprob`` at N 256, H 896 took 0.36 ms replayed and 2.8 ms eager.
@@ -28,7 +30,10 @@ def warmup(step: Callable[[], object], *, rounds: int = 3) -> None:
             graph will read and write. It really runs ``rounds + 1`` times: gradients accumulate,
             an optimizer steps.
         rounds: >= 1, eager runs before the capture.
-    Raises: ValueError (rounds), TypeError (a step that cannot be called); what the step raises.
+    Raises:
+        ValueError: rounds below 1.
+        TypeError: a step that cannot be called.
+        Exception: of the step itself.
     Source: PyTorch's notes on CUDA graphs ask for the eager runs on a side stream.
     """
     if not callable(step):

@@ -28,7 +28,7 @@ _MIB = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFacts:
-    """What the time model knows of a device."""
+    """The rates and slack that the models assume of a device."""
 
     flops: float
     bytes_per_second: float
@@ -84,7 +84,7 @@ def plan_linear_logprob(
         outputs: subset of logps, entropy, logsumexp, mean_logits, is_top1, log_sum_sq_probs.
         entropy_grad: whether a gradient will arrive at the entropy. Without it a surprise gradient
             costs ``direction`` an extra recompute pass.
-        bias, lora_rank, softcap: what the logits are made of.
+        bias, lora_rank, softcap: parts of the logits beside hidden states and weight.
         gathered: whether ignored positions are dropped by a row gather (one more ``[rows, H]``).
         head_copied: whether the weight's last axis is strided, so that slices of it are copied.
         group_size: ranks that share the vocabulary; ``vocab_size`` is then this rank's part.
@@ -96,7 +96,8 @@ def plan_linear_logprob(
         A ``Plan``; ``explain()`` prints the candidates.
     Raises:
         ValueError: a bad size, name or strategy; a budget nothing fits (names the smallest that
-            works); NotImplementedError: a forced strategy that cannot give a gradient asked for.
+            works).
+        NotImplementedError: a forced strategy that cannot give a gradient asked for.
     """
     for name, size, least in (
         ("rows", rows, 0),

@@ -105,7 +105,8 @@ def plan_linear_preference_loss(
         A ``Plan``; ``group_rows`` is the most rows whose exponentials live at one time.
     Raises:
         ValueError: a bad size, name or strategy; a budget nothing fits (names the smallest that
-            works); NotImplementedError: a forced strategy that cannot run this loss.
+            works).
+        NotImplementedError: a forced strategy that cannot run this loss.
     """
     for counts in pair_rows:
         for count in counts:
@@ -161,7 +162,7 @@ def plan_pairs(
     slack = device_facts(device)[1].slack_bytes
     default = 3 * slack + default_budget_bytes(sizes, device)
     budget_bytes = check_budget(_OP, budget_bytes, default)
-    # what the strategies may use beside the batch's own vectors
+    # the batch's own vectors live beside every strategy
     aside = POSITION_BYTES * positions
     allowed = allowed_strategies(sizes.needs, sizes.capped, False)
     by_pair = []

@@ -1,4 +1,4 @@
-"""Workspace and traffic models of each strategy: what the planner ranks.
+"""Workspace and traffic models of each strategy, by which the planner ranks them.
 
 Peaks count what a call allocates beyond inputs, row outputs and returned gradients.
 """

@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     r: torch.Tensor
     pc: torch.Tensor
     pr: torch.Tensor
-    # policy and reference, chosen minus rejected: what paired AOT sorts
+    # policy and reference, chosen minus rejected, which paired AOT sorts
     ratio: torch.Tensor | None
     ref_ratio: torch.Tensor | None
     len_c: torch.Tensor | None
