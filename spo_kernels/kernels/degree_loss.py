@@ -258,9 +258,12 @@ def _degree_loss_fwd_views_kernel(
     exp_sum = tl.sum(exps, axis=1)
     is_label = offs_k[:, None] == offs_k[None, :]
     target_logit = tl.sum(tl.where(is_label, logits, 0.0), axis=1)
-    view_loss = row_max + tl.log(exp_sum) - target_logit
+    # the logits' difference first: a sum with the logarithm would round at the size of a logit
+    view_loss = row_max - target_logit + tl.log(exp_sum)
     scale = 1.0 / tl.maximum(counted_views, 1).to(tl.float32)
-    grad_logits = (exps / exp_sum[:, None] - is_label.to(tl.float32)) * scale
+    # the label's is minus the others' sum: p - 1 would round at the size of 1 where p nears it
+    others = tl.where(is_label, 0.0, exps / exp_sum[:, None])
+    grad_logits = tl.where(is_label, -tl.sum(others, axis=1)[:, None], others) * scale
     grad_logits = tl.where(is_counted[:, None] & mask_k[None, :], grad_logits, 0.0)
 
     # [class, BLOCK_H]

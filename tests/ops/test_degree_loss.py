@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spo_kernels import degree_loss
 from spo_kernels.reference.degree_loss import degree_loss_reference
-from tests.helpers.oracle import assert_within_budget
+from tests.helpers.oracle import assert_within_budget, order_spread
 from tests.helpers.refusals import REFUSAL, assert_no_fp64_on_triton, assert_refused, refusal
 
 BLOCK_N, BLOCK_H = 32, 128
@@ -59,12 +59,21 @@ def compare(backend, batch, *, center_views=False):
     eager = run(degree_loss_reference, batch, upstream, center_views=center_views)
     on_device = {n: t.to(device) for n, t in batch.items()}
     actual = run(degree_loss, on_device, upstream, center_views=center_views, backend=name)
-    for field in ("counted_views", "view_mask", "correct_views"):
+    for field in ("counted_views", "view_mask"):
         assert torch.equal(actual[field].cpu(), oracle[field]), field
         assert actual[field].dtype == oracle[field].dtype
+    # a near tie may round either way, so the fp64 argmax binds up to one view of all
+    assert (actual["correct_views"].cpu() - oracle["correct_views"]).abs().sum() <= 1
     for field in ("losses", *(g for g in GRADS if g in actual)):
+
+        def spread(field=field):
+            def output_of(moved):
+                return run(degree_loss_reference, moved, upstream, center_views=center_views)[field]
+
+            return order_spread(output_of, double, terms=max(batch["hidden"].shape))
+
         label = f"degree_loss[{name}].{field}"
-        assert_within_budget(label, actual[field].cpu(), eager[field], oracle[field])
+        assert_within_budget(label, actual[field].cpu(), eager[field], oracle[field], spread)
     return actual
 
 

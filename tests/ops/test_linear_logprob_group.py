@@ -22,6 +22,7 @@ from tests.helpers.logprob_cases import (
     TRANSFORMS,
     Case,
     make_case,
+    spread_of,
 )
 from tests.helpers.oracle import assert_within_budget
 
@@ -79,7 +80,8 @@ def compare(case: Case, needs, rank: int, world: int, outputs=ALL_OUTPUTS, **set
         if key == "is_top1":
             assert torch.equal(out[key], oracle[key]), where
         else:
-            assert_within_budget(f"{where} {key}", out[key], reference[key], oracle[key])
+            values = out[key], reference[key], oracle[key]
+            assert_within_budget(f"{where} {key}", *values, spread_of(case, (), key))
             every = [torch.empty_like(out[key]) for _ in range(world)]
             dist.all_gather(every, out[key].detach())
             assert all(torch.equal(every[0], other) for other in every), f"{where} {key}"
@@ -88,7 +90,8 @@ def compare(case: Case, needs, rank: int, world: int, outputs=ALL_OUTPUTS, **set
         # beside eager's other rows, since the budget is that of the whole tensor
         whole = eager_grads[key].clone()
         whole[rows if key in HEAD else slice(None)] = grads[key]
-        assert_within_budget(f"{where} grad_{key}", whole, eager_grads[key], oracle_grads[key])
+        values = whole, eager_grads[key], oracle_grads[key]
+        assert_within_budget(f"{where} grad_{key}", *values, spread_of(case, needs, key))
 
 
 def every_strategy(rank: int, world: int) -> None:
