@@ -41,12 +41,18 @@ GPU_BENCH_S ?= 300
 # seconds of `make gpu` in which tests and benchmarks may start something; what follows takes a minute
 GPU_S := 460
 
-.PHONY: help setup demo test test-matrix trl-tests lint bench aot \
+# vector instructions of torch, MKL, oneDNN and numpy's OpenBLAS, and threads: they set the order of
+# sums. `make test` runs the machine's own; to ask a processor for more than it has kills the process
+ISAS := default-SSE4_2-SSE41-Nehalem-1 avx2-AVX2-AVX2-Haswell-2
+ISA_TESTS := tests/ops tests/planner $(addprefix tests/integrations/,lm_head spo trl_patch)
+
+.PHONY: help setup demo test test-isa test-matrix trl-tests lint bench aot \
 	gpu gpu-long gpu-present gpu-test gpu-bench gpu-report gpu-sanitize gpu-tune
 
 help:
 	@echo "make demo    train a small model with SPO on the CPU, about two minutes"
 	@echo "make test    all tests; REAL_PAIRS=<file> adds those on real preference pairs"
+	@echo "make test-isa  the numerical tests under older vector instructions and under two threads"
 	@echo "make test-matrix  the trl and transformers tests with the oldest and the newest version of each"
 	@echo "make trl-tests TRL_SOURCE=<checkout>  TRL's own trainer tests, unpatched and patched"
 	@echo "make lint    ruff"
@@ -76,6 +82,13 @@ test: $(SETUP)
 ifneq ($(COMPILE_TESTS),)
 	$(TEST_ENV) TRITON_INTERPRET=0 $(PYTEST) -p no:benchmark -n $(WORKERS) $(COMPILE_TESTS)
 endif
+
+test-isa: $(ISAS:%=test-isa-%)
+
+test-isa-%: $(SETUP)
+	set -- $(subst -, ,$*); ATEN_CPU_CAPABILITY=$$1 MKL_ENABLE_INSTRUCTIONS=$$2 ONEDNN_MAX_CPU_ISA=$$3 \
+		OPENBLAS_CORETYPE=$$4 OMP_NUM_THREADS=$$5 MKL_NUM_THREADS=$$5 OPENBLAS_NUM_THREADS=$$5 \
+		TRITON_INTERPRET=1 $(PYTEST) -p no:benchmark -n $(WORKERS) --dist worksteal $(ISA_TESTS)
 
 # one environment per combination, about 1.5 GB each
 test-matrix: $(MATRIX:%=test-matrix-%)
