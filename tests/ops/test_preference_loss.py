@@ -211,7 +211,8 @@ def test_gradcheck(form, names):
             return out["losses"] if isinstance(out, dict) else out.losses
 
         policy = [leaves[name] for name in mine]
-        assert torch.autograd.gradcheck(losses, policy), call
+        # one random direction through every element instead of one evaluation for each
+        assert torch.autograd.gradcheck(losses, policy, fast_mode=True), call
         values.append(losses(*policy, inputs=weighed).detach())
     # an oracle with a constant in fp32 would be no oracle
     torch.testing.assert_close(*values, rtol=1e-11, atol=1e-11)
