@@ -98,17 +98,17 @@ def reference(head, pairs, *, softcap=None, logit_scale=1.0, temperature=1.0, **
 def groups_of(rows):
     """Let calls hold the exponentials of ``rows`` rows at a time; yields the pairs streamed."""
     module = sys.modules[linear_preference_loss.__module__]
-    plan, streamed = module.plan_linear_preference_loss, []
+    plan, streamed = module.plan_pairs, []
 
-    def smaller(**question):
-        return dataclasses.replace(plan(**question), group_rows=rows)
+    def smaller(*sizes, **question):
+        return dataclasses.replace(plan(*sizes, **question), group_rows=rows)
 
     def counted(*args):
         streamed.extend(g for g in pair_groups(*args) if g.streamed)
         return pair_groups(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "plan_linear_preference_loss", smaller)
+        patch.setattr(module, "plan_pairs", smaller)
         patch.setattr(module, "pair_groups", counted)
         yield streamed
 
