@@ -115,7 +115,7 @@ def linear_preference_loss(
             clip_chosen, clip_rejected, rwr_temperature, rwr_max_weight, min_reward_margin,
             pair_weights, reward_chosen, reward_rejected: as in ``preference_loss``.
         response_labels: ``[P, T]`` labels of the ``nll`` term on the chosen rows, in place of a
-            third block of the batch: ORPO's, which hold the prompt too. Where ``labels`` has a
+            third role in the batch: ORPO's, which hold the prompt too. Where ``labels`` has a
             target as well it must be the same one.
         budget_bytes: workspace the call may use; default: as in ``linear_logprob`` with 1 GiB
             (256 MiB on cpu) in place of its 256 MiB (64 MiB).

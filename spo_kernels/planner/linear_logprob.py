@@ -84,10 +84,10 @@ def plan_linear_logprob(
         outputs: subset of logps, entropy, logsumexp, mean_logits, is_top1, log_sum_sq_probs.
         entropy_grad: whether a gradient will arrive at the entropy. Without it a surprise gradient
             costs ``direction`` an extra recompute pass.
-        bias, lora_rank, softcap: parts of the logits beside hidden states and weight.
+        bias, lora_rank, softcap: terms of the logits beside hidden states and weight.
         gathered: whether ignored positions are dropped by a row gather (one more ``[rows, H]``).
         head_copied: whether the weight's last axis is strided, so that slices of it are copied.
-        group_size: ranks that share the vocabulary; ``vocab_size`` is then this rank's part.
+        group_size: ranks that share the vocabulary; ``vocab_size`` is then this rank's share.
         budget_bytes: > 0; default ``default_budget_bytes``: 256 MiB (64 MiB on cpu) + (4 +
             itemsize) N (H + 256) + (4VH if weight needs a gradient).
         strategy: "auto" or one of score, direction, resident, recompute.

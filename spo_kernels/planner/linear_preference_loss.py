@@ -3,7 +3,7 @@
 Beside the strategies of ``linear_logprob`` there is one that knows the loss. ``pairwise`` takes
 groups of whole pairs whose exponentials fit the budget together: it scores a group, computes its
 loss, and turns the exponentials into gradients at once. A pair that does not fit is streamed, a
-piece of one response at a time, with gradients that are scaled when the pair is complete. That is
+span of one response at a time, with gradients that are scaled when the pair is complete. That is
 three products whatever the number of rows; the price is a sum over the groups in fp32.
 """
 
@@ -29,15 +29,15 @@ from spo_kernels.planner.linear_logprob import (
 from spo_kernels.planner.models import Sizes, torch_candidates, triton_candidates
 
 _OP = "plan_linear_preference_loss"
-# a flush of the head's gradient a piece: smaller pieces never pay
-_LEAST_PIECE_ROWS = 64
+# a flush of the head's gradient a span: smaller spans never pay
+_LEAST_SPAN_ROWS = 64
 # index, labels, log-probs, lengths and masks of a row or a position
 _ROW_BYTES, POSITION_BYTES = 128, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class PairGroup:
-    """Pairs ``first:stop``, scored together or, a single one, streamed piece by piece."""
+    """Pairs ``first:stop``, scored together or, a single one, streamed span by span."""
 
     first: int
     stop: int
@@ -204,18 +204,18 @@ def _pairwise_candidates(
     found = []
     for group_rows in _group_sizes(pair_rows, is_streamable):
         groups = pair_groups(pair_rows, group_rows)
-        pieces = [piece for group in groups for piece in piece_rows(group, pair_rows, group_rows)]
+        spans = [span for group in groups for span in span_rows(group, pair_rows, group_rows)]
         streamed = sum(group.streamed for group in groups)
         own = 1 if is_margin else max(map(len, pair_rows), default=0)
         buffers = own * (streamed > 0) + (len(groups) > streamed or streamed > 1)
         fixed = acc * (buffers * head + sizes.N * row_grads) + _ROW_BYTES * sizes.N
-        largest = sizes._replace(N=max(pieces, default=0), gathered=True, into=True)
+        largest = sizes._replace(N=max(spans, default=0), gathered=True, into=True)
         # the largest chunks that fit, or the smallest there are
         *_, chosen = model("resident", largest, budget_bytes - fixed)
         row_chunk, vocab_chunk, peak, moved = chosen
-        # as if every piece were the largest, then a read and a write of the sums each
+        # as if every span were the largest, then a read and a write of the sums each
         moved = moved * sizes.N // max(largest.N, 1) + 2 * acc * head * (
-            len(pieces) + streamed * own
+            len(spans) + streamed * own
         )
         time_ms = predicted_ms(facts, units, sizes, moved)
         found.append(
@@ -233,8 +233,8 @@ def _pairwise_candidates(
     return found
 
 
-def piece_rows(group: PairGroup, pair_rows: Sequence[Sequence[int]], group_rows: int) -> list[int]:
-    """Return the sizes of what a group is scored in; empty pieces are left out."""
+def span_rows(group: PairGroup, pair_rows: Sequence[Sequence[int]], group_rows: int) -> list[int]:
+    """Return the rows of every span of a group; empty spans are left out."""
     counts = pair_rows[group.first : group.stop]
     if not group.streamed:
         return [sum(map(sum, counts))]
@@ -246,7 +246,7 @@ def piece_rows(group: PairGroup, pair_rows: Sequence[Sequence[int]], group_rows:
 def _group_sizes(pair_rows: Sequence[Sequence[int]], is_streamable: bool) -> list[int]:
     """Return the group sizes to consider: all pairs, halves of that, and the longest pair."""
     longest, total = max(map(sum, pair_rows), default=0), sum(map(sum, pair_rows))
-    least = _LEAST_PIECE_ROWS if is_streamable else max(longest, 1)
+    least = _LEAST_SPAN_ROWS if is_streamable else max(longest, 1)
     sizes, size = {max(total, 1), max(longest, 1)}, total
     while size // 2 >= least:
         size //= 2

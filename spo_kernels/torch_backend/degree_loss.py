@@ -36,8 +36,8 @@ def degree_loss_fwd(
     sums = torch.zeros(S * K + 1, H, dtype=dtype, device=hidden.device)
     rows = _ROW_CHUNK if hidden.dtype != dtype else max(hidden.shape[0], 1)
     for start in range(0, hidden.shape[0], rows):
-        part = slice(start, start + rows)
-        sums.index_add_(0, slots[part], hidden[part].to(dtype))
+        chunk = slice(start, start + rows)
+        sums.index_add_(0, slots[chunk], hidden[chunk].to(dtype))
     ones = torch.ones_like(slots, dtype=dtype)
     counts = torch.zeros(S * K + 1, dtype=dtype, device=hidden.device).index_add_(0, slots, ones)
     sums, counts = sums[:-1].view(S, K, H), counts[:-1].view(S, K)

@@ -20,7 +20,7 @@ PARAMETERS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 # the least budget of a call: groups of the longest pair
 SMALLEST = "smallest"
 # rows whose exponentials are held: everything, or less than one response has
-WHOLE, PIECES = None, 5
+WHOLE, SPANS = None, 5
 
 
 def make_batch(names, P, *, dtype=torch.float32, seed=0, tokens=False, orpo=False, lora=False):

@@ -1,15 +1,12 @@
 """``linear_preference_loss``: every loss type and strategy against the fp64 references."""
 
-import inspect
-
 import pytest
 import torch
 
-from spo_kernels import linear_preference_loss, preference_loss
-from spo_kernels.calls.loss_table import LOSS_TYPES, loss_type_of
+from spo_kernels.calls.loss_table import loss_type_of
 from tests.helpers.linear_pair_cases import (
-    PIECES,
     SMALLEST,
+    SPANS,
     WHOLE,
     compare,
     groups_of,
@@ -30,10 +27,10 @@ ALONE = [names for names in MIXES if not is_coupled(names)]
 COUPLED = [names for names in MIXES if is_coupled(names)]
 
 
-@pytest.mark.parametrize("group_rows", [WHOLE, PIECES], ids=["group", "stream"])
+@pytest.mark.parametrize("group_rows", [WHOLE, SPANS], ids=["group", "stream"])
 @pytest.mark.parametrize("names", ALONE, ids=lambda names: "+".join(names)[:40])
 def test_pairwise(backend, names, group_rows):
-    """Every type that is a function of a pair, its pairs in one group and streamed in pieces."""
+    """Every type that is a function of a pair, its pairs in one group and streamed in spans."""
     head, pairs = make_batch(names, 7, seed=len(names[0]))
     mix = {
         "loss_type": names,
@@ -59,7 +56,7 @@ def test_coupled(backend, names):
     ("strategy", "group_rows"),
     [
         ("pairwise", WHOLE),
-        ("pairwise", PIECES),
+        ("pairwise", SPANS),
         ("resident", None),
         ("recompute", None),
         ("auto", None),
@@ -116,7 +113,7 @@ def test_f_divergences(backend, divergence):
     head, pairs = make_batch(("sigmoid",), 5, seed=10)
     pairs["ref_logps"] = pairs["ref_logps"] / 20
     mix = {"f_divergence_type": divergence, "loss_type": ("sigmoid", "sft"), "beta": 0.5}
-    compare(backend, head, pairs, strategy="pairwise", group_rows=PIECES, **mix)
+    compare(backend, head, pairs, strategy="pairwise", group_rows=SPANS, **mix)
 
 
 def test_more_pairs_than_a_program_holds(backend):
@@ -140,16 +137,6 @@ def test_dtype_of_outputs():
     for strategy in ("pairwise", "recompute"):
         out = run(op, head, pairs, strategy=strategy)
         assert {out[name].dtype for name in ("loss", "losses", "chosen_rewards")} == {torch.float32}
-
-
-def test_signature():
-    """Options shared with ``preference_loss`` have its defaults, and every parameter is there."""
-    own = inspect.signature(linear_preference_loss).parameters
-    other = inspect.signature(preference_loss).parameters
-    shared = own.keys() & other.keys()
-    assert {name for row in LOSS_TYPES for name in row.parameters} <= shared
-    for name in shared:
-        assert own[name].default == other[name].default, name
 
 
 def test_gradcheck():

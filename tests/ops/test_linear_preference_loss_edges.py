@@ -7,7 +7,7 @@ import torch
 
 from spo_kernels import linear_logprob, linear_preference_loss, unpaired_preference_loss
 from tests.helpers.linear_pair_cases import (
-    PIECES,
+    SPANS,
     WHOLE,
     H,
     V,
@@ -18,7 +18,7 @@ from tests.helpers.linear_pair_cases import (
     run,
 )
 
-GROUPS = pytest.mark.parametrize("group_rows", [WHOLE, PIECES], ids=["group", "stream"])
+GROUPS = pytest.mark.parametrize("group_rows", [WHOLE, SPANS], ids=["group", "stream"])
 
 
 @pytest.mark.parametrize("strategy", ["pairwise", "recompute", "auto"])
@@ -59,7 +59,7 @@ def test_policy_equal_to_reference(backend):
     tensors = {key: tensor.to(device) for key, tensor in head.items()}
     ref = linear_logprob(**tensors, labels=labels, backend=name).logps
     for ref_logps in (ref, ref.double().sum(1)):
-        for rows in (1000, PIECES):
+        for rows in (1000, SPANS):
             pairs = {"labels": labels, "ref_logps": ref_logps.float()}
             with groups_of(rows):
                 out = run(op, head, pairs, device=device, strategy="pairwise", backend=name)

@@ -1,6 +1,5 @@
 """``preference_loss``: values and gradients of every type against the fp64 reference."""
 
-import inspect
 import math
 
 import pytest
@@ -13,7 +12,6 @@ from spo_kernels.calls.loss_table import (
     F_DIVERGENCES,
     LOSS_TYPE_NAMES,
     LOSS_TYPES,
-    PARAMETERS,
     loss_type_of,
 )
 from spo_kernels.reference.preference_loss import preference_loss_reference
@@ -182,14 +180,10 @@ def test_by_hand(backend, name):
     assert out.losses.item() == pytest.approx(BY_HAND[name], rel=2e-6)
 
 
-def test_docstring_and_signature_hold_the_table():
+def test_docstring_holds_the_table():
     doc = " ".join(preference_loss.__doc__.split())
-    signature = inspect.signature(preference_loss).parameters
     for row in LOSS_TYPES:
         assert f"{row.name}: {row.formula}" in doc
-        assert set(row.parameters) <= set(signature)
-    for parameter in PARAMETERS:
-        assert signature[parameter.name].default == parameter.default
 
 
 @pytest.mark.parametrize("form", ["sums", "rows", "offsets"])

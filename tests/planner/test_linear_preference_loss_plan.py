@@ -138,7 +138,7 @@ def test_group_of_one():
 
 
 def test_few_rows_of_a_piece_take_no_other_engine(monkeypatch):
-    """Sums over pieces are fp32 whatever a call of so few rows would do by itself."""
+    """Sums over spans are fp32 whatever a call of so few rows would do by itself."""
 
     def plan():
         return plan_linear_preference_loss(

@@ -256,6 +256,6 @@ def test_peak_of_pairs(P, T, strategy, dtype, loss_type):
             loss_of(budget).backward()
         assert live.peak() <= plan.peak_bytes + returned, (plan, returned)
     if strategy == "pairwise":
-        # all pairs together, and then groups of fewer, or pieces of the only pair
+        # all pairs together, and then groups of fewer, or spans of the only pair
         total = sum(map(sum, pair_rows))
         assert max(sizes) >= total and min(sizes) <= total / 2
