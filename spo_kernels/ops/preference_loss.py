@@ -97,7 +97,8 @@ def preference_loss(
         rejected_logps: of the rejected completions, the same dtype.
         ref_chosen_logps, ref_rejected_logps: of the reference model, any float dtype; both or
             neither, None counts as 0.
-        loss_type: a name from ``loss_table.LOSS_TYPES`` or a sequence of names to mix.
+        loss_type: a name from ``loss_table.LOSS_TYPES`` or a sequence of names to mix. The
+            parameters below are the call's: all types of a mix have one beta, as in TRL.
         loss_weights: one finite Python float for each type; None is 1 each.
         beta: > 0. Inverse temperature of the margin.
         label_smoothing: in [0, 0.5). eps of exo_pair (> 0), robust, cpo, simpo, alphapo, aot.
