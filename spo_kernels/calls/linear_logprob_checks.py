@@ -5,6 +5,7 @@ import torch
 from spo_kernels.calls.checks import (
     FLOAT_DTYPES,
     check_dtype,
+    check_positive_float,
     check_same_device,
     check_shape,
     check_tensor,
@@ -81,3 +82,14 @@ def check_head_inputs(
                 error=TypeError,
             )
     return torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
+
+
+def check_transform(
+    op: str, temperature: float, logit_scale: float, softcap: float | None
+) -> tuple[float, float, float | None]:
+    """Return the numbers of the logits' transform as floats, refusing those that are not > 0."""
+    temperature = check_positive_float(op, "temperature", temperature)
+    logit_scale = check_positive_float(op, "logit_scale", logit_scale)
+    if softcap is not None:
+        softcap = check_positive_float(op, "softcap", softcap)
+    return temperature, logit_scale, softcap

@@ -9,12 +9,11 @@ import torch.distributed as dist
 from spo_kernels.calls.backends import refuse_fp64_on_triton, resolve_backend
 from spo_kernels.calls.checks import (
     check_choice,
-    check_positive_float,
     fail,
     refuse_double_backward,
 )
 from spo_kernels.calls.linear_logprob import Call, Inputs, Kept, RowGrads, Rows, Settings
-from spo_kernels.calls.linear_logprob_checks import check_head_inputs
+from spo_kernels.calls.linear_logprob_checks import check_head_inputs, check_transform
 from spo_kernels.calls.plan import GRAD_INPUTS, OUTPUTS, STRATEGIES
 from spo_kernels.ops import linear_logprob_vocab_parallel as vocab_parallel
 from spo_kernels.ops.linear_logprob_call import backend_of, needed_grads, planned_call
@@ -115,10 +114,7 @@ def linear_logprob(
     for name in outputs:
         check_choice(_OP, "outputs", name, OUTPUTS)
     check_choice(_OP, "strategy", strategy, ("auto", *STRATEGIES))
-    temperature = check_positive_float(_OP, "temperature", temperature)
-    logit_scale = check_positive_float(_OP, "logit_scale", logit_scale)
-    if softcap is not None:
-        softcap = check_positive_float(_OP, "softcap", softcap)
+    temperature, logit_scale, softcap = check_transform(_OP, temperature, logit_scale, softcap)
     backend = resolve_backend(_OP, backend, hidden)
     refuse_fp64_on_triton(_OP, backend, {"hidden": compute_dtype})
     in_graph = reads_no_host(labels, scored_rows)

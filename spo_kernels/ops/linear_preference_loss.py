@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from spo_kernels.calls.backends import refuse_fp64_on_triton, resolve_backend
-from spo_kernels.calls.checks import check_choice, check_positive_float, refuse_double_backward
+from spo_kernels.calls.checks import check_choice, refuse_double_backward
 from spo_kernels.calls.linear_logprob import Call, Inputs, Rows, Settings
-from spo_kernels.calls.linear_logprob_checks import check_head_inputs
+from spo_kernels.calls.linear_logprob_checks import check_head_inputs, check_transform
 from spo_kernels.calls.loss_table import MAX_BATCH_PAIRS
 from spo_kernels.calls.plan import GRAD_INPUTS, PAIR_STRATEGIES
 from spo_kernels.calls.preference_loss import PairData
@@ -168,10 +168,7 @@ def linear_preference_loss(
     shadow = hidden.new_zeros((), dtype=torch.float32).expand(labels.shape)
     sides = sides_of(shadow, scored, ref_logps, response_labels, roles, ignore_index)
     check_sides(*sides, data, options)
-    temperature = check_positive_float(_OP, "temperature", temperature)
-    logit_scale = check_positive_float(_OP, "logit_scale", logit_scale)
-    if softcap is not None:
-        softcap = check_positive_float(_OP, "softcap", softcap)
+    temperature, logit_scale, softcap = check_transform(_OP, temperature, logit_scale, softcap)
     check_choice(_OP, "strategy", strategy, ("auto", *PAIR_STRATEGIES))
     backend = resolve_backend(_OP, backend, hidden)
     # a kernel holds so many coupled pairs; the answer must not depend on the plan

@@ -18,7 +18,6 @@ ALL_OUTPUTS = (
     "log_sum_sq_probs",
 )
 DIFFERENTIABLE = ("logps", "entropy", "logsumexp", "mean_logits")
-TENSORS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 # strategy, inputs that need a gradient
 STRATEGIES = [
     ("score", ()),
